@@ -1,0 +1,72 @@
+"""Fixtures that the tests of all scripts share."""
+
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["ppo_discrete"]
+
+os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each script in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small(script):
+    """Args of a run that takes a second: 8 iterations of 4 x 16 steps."""
+    return dataclasses.replace(
+        script.Args(), num_envs=4, num_steps=16, total_timesteps=512, update_epochs=2,
+        checkpoint_interval=3, eval_episodes=3,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def start(script, in_tmp):
+    """Starts the script as a process of its own, in the empty folder."""
+
+    def start(*flags):
+        return subprocess.Popen(
+            [sys.executable, ROOT / f"{script.__name__}.py", *flags],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def main(script, monkeypatch, capsys):
+    """Runs `main` with flags, in this process; returns exit code, standard output and error."""
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        try:
+            script.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):  # as the interpreter does
+                print(code, file=sys.stderr)
+                code = 1
+        return code, *capsys.readouterr()
+
+    return main

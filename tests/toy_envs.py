@@ -1,0 +1,79 @@
+"""Environments whose right answers are known, registered under `toy_envs:<Name>-v0`."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class Toy(gym.Env):
+    """Observes (number of the episode's seed, steps taken); every reward is 1."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    terminate_after = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.label, self.steps = self.np_random.integers(1000), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        assert action in self.action_space
+        self.steps += 1
+        return self.observe(), self.reward(action), self.steps == self.terminate_after, False, {}
+
+    def observe(self):
+        return np.array([self.label, self.steps], np.float32)
+
+    def reward(self, action):
+        return 1.0
+
+
+class Endless(Toy):
+    """The same observation for ever: with a time limit as its only end, V is 1 / (1 - gamma)."""
+
+    def observe(self):
+        return np.ones(2, np.float32)
+
+
+class Terminating(Toy):
+    """Terminates after 7 steps."""
+
+    terminate_after = 7
+
+
+class NanObservation(Toy):
+    def observe(self):
+        return np.array([self.label, np.nan if self.steps == 3 else 0], np.float32)
+
+
+class NanReward(Toy):
+    def reward(self, action):
+        return np.nan if self.steps == 3 else 1.0
+
+
+class DictObservation(Toy):
+    observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32)})
+
+    def observe(self):
+        return {"a": np.zeros(2, np.float32)}
+
+
+class CountsFromFive(Toy):
+    """Actions 5 and 6; 6 pays."""
+
+    action_space = spaces.Discrete(2, start=5)
+
+    def reward(self, action):
+        return float(action == 6)
+
+
+class Broken(Toy):
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("no track\nno car")
+
+
+for cls in (
+    Toy, Endless, Terminating, NanObservation, NanReward, DictObservation, CountsFromFive, Broken
+):  # fmt: skip
+    gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
