@@ -26,7 +26,7 @@ def agent():
 def test_initialisation_is_orthogonal():
     agent = ppo_discrete.Agent(OBSERVATIONS, spaces.Discrete(4), norm_obs=False)
     for network, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
-        for layer, scale in zip(network[::2], (math.sqrt(2), math.sqrt(2), last), strict=True):
+        for layer, scale in zip(network.layers, (math.sqrt(2), math.sqrt(2), last), strict=True):
             singular_values = torch.linalg.svdvals(layer.weight)
             torch.testing.assert_close(singular_values, torch.full_like(singular_values, scale))
             assert not layer.bias.any()
@@ -110,5 +110,7 @@ def test_flat_parameters_step_like_separate_ones(agent):
         norm = torch.nn.utils.clip_grad_norm_(separate.parameters(), 0.5)
         assert norm > 0.5
         adam.step()
-    for weight, expected in zip(agent.critic.parameters(), separate.critic.parameters()):
+    for weight, expected in zip(
+        agent.critic.parameters(), separate.critic.parameters(), strict=True
+    ):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
