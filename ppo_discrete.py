@@ -465,11 +465,11 @@ def collect_rollout(agent, envs, next_obs, args, device):
     terminations, truncations = np.empty(shape, bool), np.empty(shape, bool)
     final_obs = []
     noise = gumbel_noise((*shape, envs.single_action_space.n), device)
-    for t in range(args.num_steps):
+    for t, step_noise in enumerate(noise.unbind()):
         obs[t] = next_obs
         with torch.inference_mode():
             logits = agent.get_logits(torch.from_numpy(obs[t]).to(device))
-            actions[t] = (logits + noise[t]).argmax(-1).numpy(force=True)
+            actions[t] = (logits + step_noise).argmax(-1).cpu().numpy()
         next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
         if "final_obs" in infos:  # at least one episode ended
             final_obs.extend(infos["final_obs"][truncations[t]])

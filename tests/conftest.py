@@ -29,7 +29,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small(script):
+def small(script, in_tmp):
     """Args of a run that takes a second: 8 iterations of 4 x 16 steps."""
     return dataclasses.replace(
         script.Args(), num_envs=4, num_steps=16, total_timesteps=512, update_epochs=2,
