@@ -161,16 +161,21 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--env-id {args.env_id} acts in {action_space}; this script in Discrete")
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """One environment."""
+def parse_env_kwargs(args: Args) -> dict:
+    """The environment's arguments by name, from NAME=VALUE each."""
     try:
         kwargs = dict(item.split("=", 1) for item in args.env_kwargs)
-        kwargs = {name: ast.literal_eval(value) for name, value in kwargs.items()}
+        return {name: ast.literal_eval(value) for name, value in kwargs.items()}
     except (ValueError, SyntaxError) as error:
         raise ValueError(
-            "--env-kwargs takes NAME=VALUE, a value being a Python literal, not "
+            "--env-kwargs takes NAME=VALUE, each value a Python literal, not "
             + " ".join(args.env_kwargs)
         ) from error
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment."""
+    kwargs = parse_env_kwargs(args)
     if render_mode:
         kwargs["render_mode"] = render_mode
     env = gym.make(args.env_id, **kwargs)
