@@ -32,6 +32,7 @@ The comments cite
 import ast
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -76,7 +77,7 @@ class Args:
     env_kwargs: tuple[str, ...] = ()
     """arguments of the environment, such as `--env-kwargs enable_wind=True wind_power=10.0`"""
     total_timesteps: int = 100_000
-    """environment steps to train for, all environments together"""
+    """environment steps to train for, all environments together, rounded up to whole iterations"""
     num_envs: int = 32
     """environments that run side by side (the paper's N)"""
     num_steps: int = 32
@@ -117,7 +118,8 @@ class Args:
     """normalise observations by running moments, which are saved as a part of the agent"""
 
     checkpoint_interval: int = 50
-    """iterations between checkpoints, at which all environments start new episodes"""
+    """iterations between checkpoints, at which all environments start new episodes (so this times
+    num_steps should be a good deal more than an episode lasts)"""
     eval_episodes: int = 100
     """episodes of the evaluation"""
     evaluate: Path | None = None
@@ -130,6 +132,8 @@ class Args:
 
 def check_args(args: Args) -> None:
     """Raise ValueError, one sentence that names the flag, if the run cannot work with `args`."""
+    if args.num_envs == args.num_steps == 1:
+        raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
     most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1}
     most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
@@ -144,11 +148,13 @@ def check_args(args: Args) -> None:
         raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; leave it out")
     if args.render and not args.evaluate:
         raise ValueError("--render needs --evaluate PATH")
+    if args.evaluate and args.resume:
+        raise ValueError("--evaluate and --resume exclude each other")
     try:
         env = make_env(args, "human" if args.render else None)
         env.reset()
     except Exception as error:  # whatever a user's own environment raises
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"--env-id {args.env_id} does not start: {reason}") from error
     env.close()
     obs_space, action_space = env.observation_space, env.action_space
@@ -158,7 +164,7 @@ def check_args(args: Args) -> None:
             "dimension), which gymnasium.wrappers.FlattenObservation makes of most others"
         )
     if not isinstance(action_space, spaces.Discrete):
-        raise ValueError(f"--env-id {args.env_id} acts in {action_space}; this script in Discrete")
+        raise ValueError(f"--env-id {args.env_id} takes actions from {action_space}, not Discrete")
 
 
 def parse_env_kwargs(args: Args) -> dict:
@@ -226,7 +232,7 @@ class MLP(nn.Module):
         self.weights = [(layer.weight, layer.bias) for layer in self.layers]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # nn.Sequential, written out: for a few rows, calling the modules would double the time.
+        # nn.Sequential written out: not to call the modules saves a quarter of the time of a pass.
         first, second, last = self.weights
         x = F.linear(x, *first).tanh()
         x = F.linear(x, *second).tanh()
@@ -280,7 +286,7 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
         """The action (sampled if none is given), its log-probability, the entropy and V(s): (...).
 
-        This is torch.distributions.Categorical written out, which takes a third of its time.
+        (torch.distributions.Categorical, written out: it takes three times as long.)
         """
         logprobs = self.get_logits(obs).log_softmax(-1)
         if action is None:
@@ -306,7 +312,7 @@ def kl_divergence(old_logits: torch.Tensor, new_logits: torch.Tensor) -> torch.T
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """Generalised advantage estimation: PPO eq. 11, GAE eq. 16 (detail 5).
+    """Generalised advantage estimation: PPO eq. 11, GAE eq. 16, as a recursion (detail 5).
 
     All tensors are (num_steps, num_envs); none is changed.
 
@@ -317,7 +323,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
             V(final observation) where it was truncated; not used where it terminated.
         terminations: whether the episode reached a terminal state, after which nothing is earned.
         truncations: whether it was cut, by a time limit for instance, and would have gone on: the
-            rest is bootstrapped (time limits, section 3). Where both are set, it terminated.
+            rest is bootstrapped (time limits). Where both are set, it terminated.
         gamma, gae_lambda: discount factor and lambda.
 
     Returns:
@@ -577,7 +583,9 @@ def train(args: Args) -> dict:
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
             progress.iteration += 1
             progress.global_step += rollout.rewards.numel()
-            check_finite(progress, observation=rollout.obs, reward=rollout.rewards)
+            check_finite(
+                progress, observation=rollout.obs, reward=rollout.rewards, value=rollout.next_values
+            )
             advantages, returns = compute_gae(
                 rollout.rewards, rollout.values, rollout.next_values,
                 rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda,
@@ -585,9 +593,9 @@ def train(args: Args) -> dict:
             metrics = update(
                 agent, weights, optimizer, rollout, advantages, returns, args, progress.kl_coef
             )
-            check_finite(progress, **metrics)
+            check_finite(progress, **metrics, weights=weights)
             if args.surrogate == "kl-penalty":
-                target_kl = args.target_kl or 0.01
+                target_kl = 0.01 if args.target_kl is None else args.target_kl
                 progress.kl_coef = adapt_kl_coef(progress.kl_coef, metrics["kl"], target_kl)
             if args.norm_obs:
                 agent.normalize.update(rollout.obs)
@@ -601,6 +609,7 @@ def train(args: Args) -> dict:
         save_checkpoint(log.run_dir / "agent.pt", args, agent, optimizer, progress)
     envs.close()
     if log.stop_signal:
+        print(f"stopped; go on with --resume {log.run_dir / 'agent.pt'}")
         sys.exit(128 + log.stop_signal)
     return report(args, agent, log, device)
 
@@ -611,19 +620,19 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
 
     Args:
         agent: plays its deterministic actions; None plays random ones.
-        args: for the environment; with `args.render` it is shown (one episode at a time, then).
+        args: for the environment; with `args.render` it is shown, which needs `episodes` = 1.
         episodes: how many.
         seed: the same seed gives the same episodes, whatever the agent.
 
     Returns:
         the undiscounted sums of the environment's own rewards, float64, (episodes,).
     """
-    # Training seeds its environments below 2**31.
-    seeds = np.random.default_rng(seed).integers(2**31, 2**32, episodes).tolist()
-    envs = [make_env(args, "human" if args.render else None) for _ in seeds]
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    for env, seed in zip(envs, seeds, strict=True):
-        env.action_space.seed(seed)
+    rng = np.random.default_rng(seed)
+    seeds = rng.integers(2**31, 2**32, (2, episodes)).tolist()  # training seeds are below 2**31
+    envs = [make_env(args, "human" if args.render else None) for _ in range(episodes)]
+    obs = [env.reset(seed=env_seed)[0] for env, env_seed in zip(envs, seeds[0], strict=True)]
+    for env, action_seed in zip(envs, seeds[1], strict=True):
+        env.action_space.seed(action_seed)
     returns, ended = np.zeros(episodes), np.zeros(episodes, bool)
     while not ended.all():
         playing = np.flatnonzero(~ended)
@@ -683,8 +692,10 @@ def save_checkpoint(path, args, agent, optimizer, progress):
         "progress": dataclasses.asdict(progress),
     }
     temporary = path.with_suffix(".tmp")
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
     with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -716,11 +727,25 @@ def load_checkpoint(path, agent, optimizer):
 def load_agent(path, device):
     """The agent of a checkpoint and its Args; ValueError if `path` is not one of this script."""
     checkpoint, args = read_checkpoint(path)
-    env = make_env(args)
-    agent = Agent(env.observation_space, env.action_space, args.norm_obs)
-    env.close()
-    agent.load_state_dict(checkpoint["agent"])
+    try:
+        env = make_env(args)
+        agent = Agent(env.observation_space, env.action_space, args.norm_obs)
+        env.close()
+        agent.load_state_dict(checkpoint["agent"])
+    except Exception as error:  # the environment is missing, or another than it was
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"{path} does not fit its environment {args.env_id}: {reason}") from error
     return agent.to(device), args
+
+
+def make_run_dir(args):
+    """A new folder in runs/, named after environment, experiment, seed and time."""
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
+    for second in itertools.count(int(time.time())):
+        with contextlib.suppress(FileExistsError):  # another run of this second
+            run_dir = Path("runs", f"{name}__{second}")
+            run_dir.mkdir(parents=True)
+            return run_dir
 
 
 class RunLog:
@@ -733,29 +758,28 @@ class RunLog:
     def __init__(self, args, progress):
         self.args, self.progress, self.stop_signal = args, progress, 0
         self.started = time.perf_counter()
-        env_name = re.sub(r"[^\w.-]", "_", args.env_id)
-        run_name = f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        self.run_dir = args.resume.parent if args.resume else Path("runs", run_name)
-        self.run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+        self.run_dir = args.resume.parent if args.resume else make_run_dir(args)
         print(f"run folder {self.run_dir}")
         self.writer = SummaryWriter(self.run_dir, purge_step=progress.global_step + 1)
         rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|{rows}")
-        self.bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step")
+        batch_size = args.num_envs * args.num_steps
+        total = math.ceil(args.total_timesteps / batch_size) * batch_size
+        self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
         self.start_episodes()
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
+        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(self, number, _):
         self.stop_signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
+        for number in self.handlers:
+            signal.signal(number, signal.SIG_DFL)
 
     def close(self):
         self.bar.close()
         self.writer.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def start_episodes(self):
         self.returns = np.zeros(self.args.num_envs)
@@ -809,7 +833,10 @@ def report(args, agent, log, device):
     }
     (log.run_dir / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     save_plot(log.run_dir / "training.png", args, log.progress, threshold)
-    save_gif(log.run_dir / "agent.gif", args, agent, device)
+    try:
+        save_gif(log.run_dir / "agent.gif", args, agent, device)
+    except Exception as error:  # whatever an environment raises that cannot be drawn here
+        print(f"no GIF: {type(error).__name__} {error}")
     print(summary("random agent", random_returns))
     print(summary("trained agent", returns, threshold))
     return result
@@ -840,7 +867,8 @@ def save_plot(path, args, progress, threshold):
         axes["return"].plot(steps[window - 1 :], average, label=f"mean of {window} episodes")
     if threshold is not None:
         axes["return"].axhline(threshold, color="black", linestyle="--", label="threshold")
-    axes["return"].legend(loc="lower right")
+    if axes["return"].lines:
+        axes["return"].legend(loc="lower right")
     for name, axis in axes.items():
         axis.set(title=name.replace("_", " "), xlabel="environment steps")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -853,38 +881,37 @@ def save_gif(path, args, agent, device):
     """Film an episode of the trained agent beside one of a random agent, repeated as needed."""
     metadata = make_env(args).metadata
     if "rgb_array" not in metadata.get("render_modes", []):
-        print(f"no GIF: {args.env_id} has no render mode rgb_array")
-        return
+        raise ValueError(f"{args.env_id} has no render mode rgb_array")
     fps = metadata.get("render_fps", 30)
-    every = math.ceil(fps / 25)  # of 50 frames a second, 25 do
-    untrained, trained = film(None, args, device), film(agent, args, device)
+    every = math.ceil(fps / 25)  # more frames a second would only make the file larger
+    untrained, trained = film(None, args, device, every), film(agent, args, device, every)
     frames = []
-    for pair in itertools.islice(zip(itertools.cycle(untrained), trained), 0, 500, every):
-        left, right = (ImageOps.contain(Image.fromarray(frame), (300, 300)) for frame in pair)
+    for left, right in zip(itertools.cycle(untrained), trained, strict=False):
         frame = Image.new("RGB", (left.width + right.width, left.height + 16), "white")
         frame.paste(left, (0, 16))
         frame.paste(right, (left.width, 16))
         ImageDraw.Draw(frame).text((4, 2), "random", fill="black")
         ImageDraw.Draw(frame).text((left.width + 4, 2), "trained", fill="black")
         frames.append(frame)
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], loop=0, duration=1000 * every / fps
-    )
+    duration = 1000 * every / fps
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=duration)
 
 
 @torch.no_grad()
-def film(agent, args, device):
-    """The frames of one episode, (height, width, 3) each."""
+def film(agent, args, device, every):
+    """Every so many-th frame of one episode, at most 250, as small images."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display for this
     env = make_env(args, "rgb_array")
-    env.action_space.seed(args.seed)
+    env.action_space.seed(args.seed + 1)
     obs, _ = env.reset(seed=args.seed)
-    frames, ended = [env.render()], False
-    while not ended:
+    frames = []
+    for step in range(250 * every):
+        if step % every == 0:
+            frames.append(ImageOps.contain(Image.fromarray(env.render()), (300, 300)))
         (action,) = choose_actions(agent, [env], [obs], device)
         obs, _, terminated, truncated, _ = env.step(action)
-        frames.append(env.render())
-        ended = terminated or truncated
+        if terminated or truncated:
+            break
     env.close()
     return frames
 
@@ -894,28 +921,31 @@ def main() -> None:
     args = tyro.cli(Args)
     try:
         if path := args.evaluate or args.resume:
-            _, saved = read_checkpoint(path)
-            args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=args.cuda))
+            agent, saved = load_agent(path, "cpu")
+            cuda = args.cuda if args.evaluate else saved.cuda
+            args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
             for name in ("env_id", "env_kwargs", "norm_obs"):
-                if args.resume and getattr(args, name) != getattr(saved, name):
-                    raise ValueError(f"--{name.replace('_', '-')} cannot change with --resume")
+                if getattr(args, name) != getattr(saved, name):
+                    flag = name.replace("_", "-")
+                    raise ValueError(f"--{flag} cannot differ from what {path} was trained with")
         check_args(args)
-        device = torch.device("cuda" if args.cuda else "cpu")
-        agent = load_agent(args.evaluate, device)[0] if args.evaluate else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    device = torch.device("cuda" if args.cuda else "cpu")
     try:
         if args.render:
             for seed in range(args.seed, args.seed + args.eval_episodes):
-                print(f"return {evaluate(agent, args, 1, seed, device).item():.1f}")
+                print(f"return {evaluate(agent.to(device), args, 1, seed, device).item():.1f}")
         elif args.evaluate:
             threshold = make_env(args).spec.reward_threshold
-            returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
+            returns = evaluate(agent.to(device), args, args.eval_episodes, args.seed, device)
             print(summary("trained agent", returns, threshold))
         else:
             train(args)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, MemoryError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -53,7 +53,8 @@ def test_numbers_out_of_range(main, in_tmp, flag, value, allowed):
     [
         (("--env-id", "Nowhere-v0"), ("--env-id Nowhere-v0", "Nowhere")),
         (("--env-id", "no_such_module:Env-v0"), ("--env-id", "no_such_module")),
-        (("--env-id", "Pendulum-v1"), ("--env-id Pendulum-v1", "Box", "Discrete")),
+        (("--env-id", "Pendulum-v1"), ("--env-id Pendulum-v1", "Box", "not Discrete")),
+        (("--num-envs", "1", "--num-steps", "1"), ("--num-envs", "--num-steps", "at least 2")),
         (("--env-id", "toy_envs:DictObservation-v0"), ("--env-id", "Dict", "Flatten")),
         (("--env-id", "FrozenLake-v1"), ("--env-id FrozenLake-v1", "Discrete(16)", "Box")),
         (("--env-id", "toy_envs:Broken-v0"), ("--env-id", "no track no car")),
@@ -94,6 +95,7 @@ def test_one_bad_input_through_the_real_command(script, in_tmp):
     [
         (("--env-id", "toy_envs:NanObservation-v0"), "observation"),
         (("--env-id", "toy_envs:NanReward-v0"), "reward"),
+        (("--env-id", "toy_envs:NanFinal-v0"), "value"),
         (("--learning-rate", "1e38"), "loss"),
     ],
 )
@@ -111,6 +113,19 @@ def test_run_folder_that_cannot_be_made(main, in_tmp):
     code, _, errors = main("--total-timesteps", 100)
     assert code == 1 and errors.startswith("error: ") and "runs" in errors
     assert errors.count("\n") == 1
+
+
+def test_two_runs_of_one_second_have_a_folder_each(script, in_tmp):
+    assert script.make_run_dir(script.Args()) != script.make_run_dir(script.Args())
+    args = script.Args(exp_name="../a/b", env_id="toy_envs:Toy-v0")
+    assert script.make_run_dir(args).parent == Path("runs")
+    assert len(list(in_tmp.glob("runs/*"))) == 3
+
+
+def test_an_environment_that_cannot_be_drawn_costs_only_the_gif(main, in_tmp):
+    code, output, _ = main("--env-id", "toy_envs:Toy-v0", *QUICK)
+    assert code == 0 and "no GIF" in output and output.splitlines()[-1].startswith("trained agent")
+    assert list(in_tmp.glob("runs/*/result.json")) and not list(in_tmp.glob("runs/*/*.gif"))
 
 
 QUICK = ("--num-envs", 4, "--num-steps", 16, "--total-timesteps", 256, "--eval-episodes", 2)
@@ -136,5 +151,10 @@ def test_resume_keeps_the_saved_settings_and_takes_new_ones(main, script, in_tmp
     checkpoint, args = script.read_checkpoint(path)
     assert checkpoint["progress"]["global_step"] == 512
     assert args.gamma == 0.5 and args.num_envs == 4 and args.resume is None
+    for flag in ("--resume", "--evaluate"):
+        code, _, errors = main(flag, path, "--norm-obs")
+        assert code == 2 and "--norm-obs cannot differ" in errors and errors.count("\n") == 1
+    code, _, errors = main("--resume", path, "--evaluate", path)
+    assert code == 2 and "exclude each other" in errors
     code, _, errors = main("--resume", path, "--env-id", "Acrobot-v1")
-    assert code == 2 and "--env-id cannot change with --resume" in errors
+    assert code == 2 and "--env-id cannot differ" in errors

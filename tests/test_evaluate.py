@@ -26,7 +26,7 @@ def test_one_whole_episode_for_each_seed_whatever_their_length(script, small):
     """Episodes of CartPole differ in length; playing them alone gives what playing all gives."""
     agent = make_agent(script, small)
     together = script.evaluate(agent, small, 6, 3, CPU)
-    seeds = np.random.default_rng(3).integers(2**31, 2**32, 6)
+    seeds = np.random.default_rng(3).integers(2**31, 2**32, (2, 6))[0]
     for seed, expected in zip(seeds.tolist(), together, strict=True):
         env = script.make_env(small)
         (obs, _), total, ended = env.reset(seed=seed), 0.0, False
@@ -43,6 +43,13 @@ def test_seed_fixes_the_episodes(script, small):
         first = script.evaluate(agent, small, 20, 1, CPU)
         assert np.array_equal(first, script.evaluate(agent, small, 20, 1, CPU))
         assert not np.array_equal(first, script.evaluate(agent, small, 20, 2, CPU))
+
+
+def test_random_actions_are_independent_of_the_environment(script, small):
+    """Seeded alike, environment and action space would toss the same coins."""
+    args = dataclasses.replace(small, env_id="toy_envs:Guess-v0")
+    returns = script.evaluate(None, args, 400, 1, CPU)
+    assert abs(returns.mean() - 5) < 5 * np.sqrt(10 / 4 / 400)
 
 
 def test_evaluation_seeds_are_never_trained_on(script, small, monkeypatch):

@@ -47,6 +47,28 @@ class NanObservation(Toy):
         return np.array([self.label, np.nan if self.steps == 3 else 0], np.float32)
 
 
+class NanFinal(Toy):
+    """The observation at the time limit is not a number."""
+
+    def observe(self):
+        return np.array([self.label, np.nan if self.steps == 10 else 0], np.float32)
+
+
+class Guess(Toy):
+    """Pays for the action that equals a coin tossed at reset: 5 on average, whoever plays."""
+
+    def __init__(self):
+        self.action_space = spaces.Discrete(2)  # of its own, so that seeds matter
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.coin = self.np_random.integers(2)
+        return self.observe(), {}
+
+    def reward(self, action):
+        return float(action == self.coin)
+
+
 class NanReward(Toy):
     def reward(self, action):
         return np.nan if self.steps == 3 else 1.0
@@ -74,6 +96,7 @@ class Broken(Toy):
 
 
 for cls in (
-    Toy, Endless, Terminating, NanObservation, NanReward, DictObservation, CountsFromFive, Broken
+    Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
+    CountsFromFive, Broken,
 ):  # fmt: skip
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
