@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["ppo_discrete"]
+SCRIPTS = ["ppo_discrete", "ppo_carracing_cnn"]
+ON_VECTORS = pytest.mark.parametrize("script", ["ppo_discrete"], indirect=True)
+WITH_PENALTY = pytest.mark.parametrize("script", ["ppo_discrete"], indirect=True)
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
 
 
 @pytest.fixture(params=SCRIPTS)
 def script(request):
-    """Each script in turn, as a module."""
+    """Each script in turn, as a module; ON_VECTORS keeps those that the toy environments fit."""
     return importlib.import_module(request.param)
 
 

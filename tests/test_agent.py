@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ON_VECTORS
 from gymnasium import spaces
 from torch.distributions import Categorical, kl_divergence
 
@@ -63,6 +64,7 @@ def test_kl_divergence_equals_torch():
     assert not ppo_discrete.kl_divergence(old, old).any()
 
 
+@ON_VECTORS
 def test_normalizer_equals_two_passes_in_float64(script):
     rng = np.random.default_rng(0)
     batches = [rng.normal(1e3, [1e-2, 1, 50], (steps, 4, 3)).astype(np.float32) for steps in (1, 9)]

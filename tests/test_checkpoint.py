@@ -9,6 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ON_VECTORS
+
+pytestmark = ON_VECTORS
 
 CPU = torch.device("cpu")
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ON_VECTORS
+
+pytestmark = ON_VECTORS
 
 ROOT = Path(__file__).parents[1]
 

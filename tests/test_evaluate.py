@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 import torch
+from conftest import ON_VECTORS
+
+pytestmark = ON_VECTORS
 
 CPU = torch.device("cpu")
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import WITH_PENALTY
 
 ONE = torch.ones(1)
 ZERO = torch.zeros(1)
@@ -97,6 +98,7 @@ def test_matrices_are_refused_even_if_equal(script):
         script.ppo_loss(*[torch.zeros(8, 1) for _ in range(7)])
 
 
+@WITH_PENALTY
 def test_penalty_by_hand(script):
     logprob = torch.tensor([math.log(2.0), math.log(0.5)], requires_grad=True)
     advantages, kl = torch.tensor([1.0, -3.0]), torch.tensor([0.2, 0.4], requires_grad=True)
@@ -115,6 +117,7 @@ def test_penalty_by_hand(script):
         script.ppo_penalty_loss(*[zeros] * 3, kl.unsqueeze(1), *[zeros] * 4, kl_coef=1.0)
 
 
+@WITH_PENALTY
 @pytest.mark.parametrize(
     ("kl_coef", "kl", "expected"),
     [

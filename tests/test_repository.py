@@ -40,6 +40,30 @@ def test_every_flag_is_explained(main, script):
     assert isinstance(args.body[-1], ast.Expr)
 
 
+VARIANTS = {  # what may differ between scripts; all else of one name is of one text
+    "Args", "Agent", "Rollout", "check_args", "make_env", "make_vector_env", "collect_rollout",
+    "update", "train", "evaluate", "Progress", "load_agent", "main",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(SCRIPTS, 2)))
+def test_shared_text_is_the_same(first, second):
+    texts = []
+    for name in (first, second):
+        source = (ROOT / f"{name}.py").read_text()
+        texts.append(
+            {
+                node.name: ast.get_source_segment(source, node)
+                for node in ast.parse(source).body
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            }
+        )
+    shared = (texts[0].keys() & texts[1].keys()) - VARIANTS
+    assert {"compute_gae", "ppo_loss", "save_checkpoint", "RunLog", "report"} <= shared
+    for name in shared:
+        assert texts[0][name] == texts[1][name], name
+
+
 def test_readme_knows_the_flags():
     readme = (ROOT / "README.md").read_text()
     known = {"--logdir", "--help"}

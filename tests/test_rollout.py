@@ -5,6 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import ON_VECTORS
+
+pytestmark = ON_VECTORS
 
 CPU = torch.device("cpu")
 

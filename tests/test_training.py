@@ -6,7 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ON_VECTORS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = ON_VECTORS
 
 CPU = torch.device("cpu")
 
