@@ -741,10 +741,11 @@ def load_agent(path, device):
 def make_run_dir(args):
     """A new folder in runs/, named after environment, experiment, seed and time."""
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
+    Path("runs").mkdir(exist_ok=True)
     for second in itertools.count(int(time.time())):
         with contextlib.suppress(FileExistsError):  # another run of this second
             run_dir = Path("runs", f"{name}__{second}")
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             return run_dir
 
 
