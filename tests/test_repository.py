@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS
+from conftest import ON_VECTORS, SCRIPTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +86,7 @@ def test_readme_gives_the_defaults():
     assert f"| `--checkpoint-interval` | {args.checkpoint_interval} |" in readme
 
 
+@ON_VECTORS
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3"]
