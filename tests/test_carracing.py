@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import gymnasium as gym
@@ -290,8 +291,6 @@ def test_death_leaves_no_orphans(script, in_tmp, start, victim):
 @ONLY_CARRACING
 def test_interrupt_from_the_keyboard_saves(script, in_tmp):
     """Ctrl-C reaches every process of the terminal's group: the environments must not mind."""
-    import sys
-
     path = os.path.abspath(script.__file__)
     process = subprocess.Popen(
         [sys.executable, path, *RUN], stderr=subprocess.PIPE, text=True, start_new_session=True

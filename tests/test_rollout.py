@@ -126,7 +126,7 @@ def test_target_kl_stops_before_the_step(script, small, monkeypatch):
 
 
 def test_gradient_is_clipped(script, small, monkeypatch):
-    """With an SGD-like reading of Adam impossible, look at the vector that Adam is given."""
+    """Adam is given a gradient of the norm max_grad_norm."""
     norms = []
     original = torch.optim.Adam.step
 
