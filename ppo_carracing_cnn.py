@@ -32,6 +32,7 @@ The comments cite
 """
 
 import ast
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -48,6 +49,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +57,13 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 import pygame
+import pygame.gfxdraw
 import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from gymnasium.envs.box2d import car_racing
+from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw, ImageOps
@@ -99,9 +103,13 @@ class Args:
     total_timesteps: int = 1_000_000
     """actions to train for, all environments together"""
     num_envs: int = 8
-    """environments that run side by side, each a process (the paper's N)"""
+    """environments that run side by side (the paper's N)"""
     num_steps: int = 512
     """actions in each environment per iteration (the paper's T)"""
+    num_workers: int | None = None
+    """processes that step the environments, 0 for none but this (None: one a core)"""
+    worker_timeout: float = 300.0
+    """seconds after which a step of the environments that does not end ends the run"""
 
     learning_rate: float = 4e-4
     """step size of Adam"""
@@ -151,7 +159,7 @@ def check_args(args: Args) -> None:
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        low = 1 if isinstance(value, int) and name != "seed" else 0
+        low = 1 if isinstance(value, int) and name not in ("seed", "num_workers") else 0
         high = most.get(name, math.inf)
         if not (low <= value <= high and value < math.inf):
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -184,12 +192,6 @@ class LazyCarRacing(car_racing.CarRacing):
 
     lazy = False
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        # Kept from frame to frame: with new ones, a step of eight environments took a fifth longer.
-        self.canvas = pygame.Surface((car_racing.WINDOW_W, car_racing.WINDOW_H))
-        self.flipped = pygame.Surface((car_racing.WINDOW_W, car_racing.WINDOW_H))
-
     def reset(self, **kwargs):
         self.polygons = None
         return super().reset(**kwargs)
@@ -201,50 +203,79 @@ class LazyCarRacing(car_racing.CarRacing):
         return None if self.lazy else self.observe()
 
     def observe(self) -> np.ndarray:
-        """The frame (96, 96, 3), uint8: the calls of CarRacing._render, in its order."""
-        width, height = car_racing.WINDOW_W, car_racing.WINDOW_H
-        self.surf = self.canvas
+        """The frame (96, 96, 3), uint8: what CarRacing._render draws, in its order.
+
+        It turns the finished scene upside down, hides an eighth of it behind the indicators, and
+        scales it, first in x, then in y. Here the hidden part is not drawn, and the scene is turned
+        between the two, when it is a tenth of the size.
+        """
+        width, height, small = car_racing.WINDOW_W, car_racing.WINDOW_H, car_racing.STATE_W
+        scene, indicators = make_canvases()
         angle, (x, y) = -self.car.hull.angle, self.car.hull.position
         zoom = 0.1 * car_racing.SCALE * max(1 - self.t, 0)
         zoom += car_racing.ZOOM * car_racing.SCALE * min(self.t, 1)
         scroll = pygame.math.Vector2((-x * zoom, -y * zoom)).rotate_rad(angle)
         translation = (width / 2 + scroll[0], height / 4 + scroll[1])
+        self.surf = scene
         self._render_road(zoom, translation, angle)
-        self.car.draw(self.surf, zoom, translation, angle, False)
-        pygame.surfarray.pixels2d(self.flipped)[:] = pygame.surfarray.pixels2d(self.canvas)[:, ::-1]
-        self.surf = self.flipped
+        self.car.draw(scene, zoom, translation, angle, False)
+        self.surf = indicators
         self._render_indicators(width, height)
         score = draw_score(f"{self.shown_score:04.0f}")
-        self.surf.blit(score, score.get_rect(center=(60, height - height * 2.5 / 40.0)))
-        return self._create_image_array(self.surf, (car_racing.STATE_W, car_racing.STATE_H))
+        indicators.blit(score, score.get_rect(center=(60, height - height * 2.5 / 40.0)))
+
+        split = height - height // 8
+        frame = pygame.Surface((small, height))
+        part = scene.subsurface((0, height - split, width, split))
+        part = pygame.transform.smoothscale(part, (small, split))
+        frame.blit(pygame.transform.flip(part, False, True), (0, 0))
+        part = indicators.subsurface((0, split, width, height - split))
+        frame.blit(pygame.transform.smoothscale(part, (small, height - split)), (0, split))
+        return self._create_image_array(frame, (small, car_racing.STATE_H))
 
     def _render_road(self, zoom, translation, angle):
         """Draw grass and road as CarRacing does, without the polygons that are out of sight."""
         if self.polygons is None:
             grass = [(corners, self.grass_color) for corners in grass_squares()]
             self.polygons = grass + self.road_poly
-            self.corners = np.array([corners for corners, _ in self.polygons])  # (n, 4, 2)
-        window = np.array([car_racing.WINDOW_W, car_racing.WINDOW_H])
-        rotation = zoom * np.array(
-            [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
-        )
-        corners = self.corners @ rotation + translation  # in pixels; 2 of them allow for rounding
-        in_sight = (corners.max(1) >= -2) & (corners.min(1) <= window + 2)
+            self.corners = np.array([corners for corners, _ in self.polygons]).transpose(2, 0, 1)
+            self.centers = self.corners.mean(2)
+            self.radii = np.hypot(*(self.corners - self.centers[..., None])).max(1)
+        width, height = car_racing.WINDOW_W, car_racing.WINDOW_H
+        hidden = height // 8
+        cos, sin = math.cos(angle), math.sin(angle)
+
+        def to_pixels(x, y):
+            x, y = x * cos - y * sin, x * sin + y * cos
+            return x * zoom + translation[0], y * zoom + translation[1]
 
         edge = car_racing.PLAYFIELD
         field = [(edge, edge), (edge, -edge), (-edge, -edge), (-edge, edge)]
-        seen = np.array([(-2, -2), (window[0] + 2, -2), (-2, window[1] + 2), window + 2])
-        if np.abs((seen - translation) @ np.linalg.inv(rotation)).max() < edge:
-            self.surf.fill([int(c) for c in self.bg_color])
-        else:
-            self.surf.fill((0, 0, 0))
+        # The car is at (1/2, 1/4) of the window; this is at least how far out of 0 it shows.
+        far = max(map(abs, self.car.hull.position)) + math.hypot(width / 2, height * 3 / 4) / zoom
+        color = [int(c) for c in self.bg_color] if far < edge else (0, 0, 0)
+        # Surface.fill would write past the cache, and all that follows wait for the memory.
+        pygame.surfarray.pixels2d(self.surf)[:, hidden:] = self.surf.map_rgb(color)
+        if far >= edge:  # the edge may be in sight
             self._draw_colored_polygon(
                 self.surf, field, self.bg_color, zoom, translation, angle, clip=False
             )
-        for i in np.flatnonzero(in_sight.all(1)):
-            polygon, color = self.polygons[i]
-            color = [int(c) for c in color]  # that of a tile changes when the car has been there
-            self._draw_colored_polygon(self.surf, polygon, color, zoom, translation, angle)
+        x, y = to_pixels(*self.centers)
+        reach = self.radii * zoom + 2  # in pixels; 2 allow for rounding
+        x, y = np.abs(x - width / 2) - reach, np.abs(y - (hidden + height) / 2) - reach
+        in_sight = np.flatnonzero((x < width / 2) & (y < (height - hidden) / 2))
+        corners = np.stack(to_pixels(*self.corners[:, in_sight]), -1).tolist()
+        for i, points in zip(in_sight, corners, strict=True):
+            color = [int(c) for c in self.polygons[i][1]]  # a tile's changes when it is visited
+            pygame.gfxdraw.aapolygon(self.surf, points, color)
+            pygame.gfxdraw.filled_polygon(self.surf, points, color)
+
+
+@functools.cache
+def make_canvases() -> tuple[pygame.Surface, pygame.Surface]:
+    """Two surfaces to draw on, the same for all environments: more would outgrow the cache."""
+    size = (car_racing.WINDOW_W, car_racing.WINDOW_H)
+    return pygame.Surface(size), pygame.Surface(size)
 
 
 @functools.cache
@@ -334,8 +365,6 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 def make_training_env(args: Args) -> gym.Env:
     """One environment to train in: drawn on demand, and cut when the car is lost."""
-    if multiprocessing.parent_process() is not None:  # the main process decides when to stop
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     kwargs = parse_env_kwargs(args) | {"domain_randomize": args.domain_randomize}
     if args.stock_renderer:
         env = gym.make(args.env_id, **kwargs)
@@ -346,17 +375,141 @@ def make_training_env(args: Args) -> gym.Env:
 
 
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
-    """`args.num_envs` environments that step together, each in a process of its own (detail 1).
+    """`args.num_envs` environments that step together (detail 1), in worker processes."""
+    make = functools.partial(make_training_env, args)
+    num_workers = count_cores() if args.num_workers is None else args.num_workers
+    if num_workers == 0:
+        return make_sync_vector_env(make, args.num_envs)
+    return WorkerVectorEnv(make, args.num_envs, num_workers, args.worker_timeout)
+
+
+def make_sync_vector_env(make, num_envs: int) -> gym.vector.VectorEnv:
+    """Environments that step one after the other, in this process.
 
     SAME_STEP: the step that ends an episode already returns the next one's first observation, with
     the final one in `infos["final_obs"]`, so every stored transition is one that happened. (In
     Gymnasium's default mode a step follows whose action is ignored.)
     """
-    return gym.vector.AsyncVectorEnv(
-        [lambda: make_training_env(args)] * args.num_envs,
+    return gym.vector.SyncVectorEnv(
+        [make] * num_envs,
         copy=False,  # observations come in one buffer, which the next step overwrites
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # where the system can hold a process to some of them
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class WorkerVectorEnv(gym.vector.VectorEnv):
+    """What `make_sync_vector_env` makes, shared out over processes; it steps to the same numbers.
+
+    Each worker steps several environments and answers once a step; all arrays lie in shared memory.
+    (Gymnasium's AsyncVectorEnv has a process for each environment. Where these outnumber the cores,
+    switching between them costs more than it brings.) What is returned is overwritten by the next
+    step. ChildProcessError tells that a worker died, raised, or took longer than `timeout` seconds.
+    """
+
+    def __init__(self, make, num_envs: int, num_workers: int, timeout: float):
+        env = make()
+        self.num_envs, self.timeout = num_envs, timeout
+        self.single_observation_space = env.observation_space
+        self.single_action_space = env.action_space
+        self.metadata = env.metadata | {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        env.close()
+        # All that is exchanged in a step, for each environment.
+        space = spaces.Dict(
+            obs=env.observation_space, final_obs=env.observation_space, action=env.action_space,
+            reward=spaces.Box(-np.inf, np.inf, (), np.float64),
+            terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
+        )  # fmt: skip
+        memory = create_shared_memory(space, num_envs)
+        self.arrays = read_from_shared_memory(space, memory, num_envs)
+        self.workers, self.connections = [], []
+        atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
+        self.slices = [
+            slice(int(part[0]), int(part[-1]) + 1)
+            for part in np.array_split(np.arange(num_envs), min(num_workers, num_envs))
+        ]
+        for part in self.slices:
+            connection, theirs = multiprocessing.Pipe()
+            self.connections.append(connection)
+            inputs = (theirs, self.connections, make, space, memory, num_envs, part)
+            worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
+            worker.start()
+            theirs.close()  # so that the connection ends with the worker
+            self.workers.append(worker)
+
+    def reset(self, *, seed: list[int], options=None):
+        """Start new episodes, one with each seed."""
+        self.exchange([seed[part] for part in self.slices])
+        return self.arrays["obs"], {}
+
+    def step(self, actions: np.ndarray):
+        self.arrays["action"][:] = actions
+        self.exchange(["step"] * len(self.workers))
+        terminated, truncated = (self.arrays[name] > 0 for name in ("terminated", "truncated"))
+        ended = terminated | truncated
+        infos = {"final_obs": self.arrays["final_obs"], "_final_obs": ended} if ended.any() else {}
+        return self.arrays["obs"], self.arrays["reward"], terminated, truncated, infos
+
+    def exchange(self, messages):
+        """Send each worker its message; wait until all have done what it says."""
+        for connection, message in zip(self.connections, messages, strict=True):
+            with contextlib.suppress(ConnectionError):  # the worker ended: hear why, below
+                connection.send(message)
+        try:
+            for connection in self.connections:
+                if not connection.poll(self.timeout):
+                    raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
+                if problem := connection.recv():
+                    raise ChildProcessError(f"an environment raised {problem}")
+        except (EOFError, ConnectionError) as error:
+            raise ChildProcessError("the process of an environment died") from error
+
+    def close_extras(self, **kwargs):
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send("close")
+        for worker in self.workers:
+            worker.join(timeout=1)
+            worker.kill()
+            worker.join()
+
+
+def run_worker(connection, others, make, space, memory, num_envs, part) -> None:
+    """A worker of WorkerVectorEnv: step the environments in the slice `part`, as told."""
+    for other in others:
+        other.close()  # so that the connection ends with the main process
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
+    arrays = read_from_shared_memory(space, memory, num_envs)
+    mine = {name: array[part] for name, array in arrays.items()}
+    names = ("obs", "reward", "terminated", "truncated")  # of what `step` returns
+    try:
+        envs = make_sync_vector_env(make, part.stop - part.start)
+        while (message := connection.recv()) != "close":
+            if message == "step":
+                *step, infos = envs.step(mine["action"])
+                for name, array in zip(names, step, strict=True):
+                    mine[name][:] = array
+                for i in np.flatnonzero(infos.get("_final_obs", [])):
+                    mine["final_obs"][i] = infos["final_obs"][i]
+            else:
+                np.random.seed(message[0])  # this and the next for environments that use them
+                random.seed(message[0])
+                mine["obs"][:], _ = envs.reset(seed=message)
+            connection.send(None)
+        envs.close()
+    except (EOFError, ConnectionError):
+        pass  # the main process is gone
+    except Exception as error:  # whatever a user's own environment raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(f"{type(error).__name__} {error}".split())
+        connection.send(f"{text} ({place.filename}, line {place.lineno})")
 
 
 def start_episodes(envs: gym.vector.VectorEnv, args: Args, iteration: int) -> np.ndarray:
@@ -388,8 +541,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_space: spaces.Box, action_space: spaces.Box):
         super().__init__()
+        self.first = layer_init(nn.Conv2d(obs_space.shape[-1], 16, kernel_size=8, stride=4))
         self.body = nn.Sequential(
-            layer_init(nn.Conv2d(obs_space.shape[-1], 16, kernel_size=8, stride=4)),
             nn.ReLU(),
             layer_init(nn.Conv2d(16, 32, kernel_size=4, stride=2)),
             nn.ReLU(),
@@ -411,7 +564,10 @@ class Agent(nn.Module):
     def get_features(self, obs: torch.Tensor) -> torch.Tensor:
         """What both heads work on: (batch, 1024)."""
         # With the channels last in memory, convolutions take half the time on a CPU.
-        return self.body((obs / 255).permute(0, 3, 1, 2))
+        pixels = obs.float().permute(0, 3, 1, 2)
+        # Pixels are scaled to [0, 1] by way of the weights: dividing them takes as long as this.
+        first = self.first
+        return self.body(F.conv2d(pixels, first.weight / 255, first.bias, first.stride))
 
     def get_policy(self, features: torch.Tensor) -> Beta:
         """Independent Beta distributions of the actions, unimodal since alpha, beta > 1 (Beta)."""
@@ -606,9 +762,13 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args):
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
+    # To allocate a minibatch's 38 MB of floats each time would take a third of the update's time.
+    largest = math.ceil(len(obs) / args.num_minibatches)
+    pixels = torch.empty(largest, *obs.shape[1:], device=obs.device)
     history = []
     for mb in minibatches(len(obs), args, obs.device):
-        _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs[mb], actions[mb])
+        mb_obs = pixels[: len(mb)].copy_(obs[mb])
+        _, new_logprobs, entropy, new_values = agent.get_action_and_value(mb_obs, actions[mb])
         mb_advantages = advantages[mb]
         if args.norm_adv:  # detail 7
             mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
@@ -652,16 +812,17 @@ def train(args: Args) -> dict:
     progress = Progress()
     if args.resume:
         progress = load_checkpoint(args.resume, agent, optimizer)
+    cores = torch.get_num_threads()
     next_obs = start_episodes(envs, args, progress.iteration)
 
-    with closing_workers(envs), contextlib.closing(RunLog(args, progress)) as log:
+    with contextlib.closing(envs), contextlib.closing(RunLog(args, progress)) as log:
         while progress.global_step < args.total_timesteps and not log.stop_signal:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate  # detail 4
             torch.set_num_threads(1)  # the environments' processes have the cores
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
-            torch.set_num_threads(os.cpu_count())
+            torch.set_num_threads(cores)
             progress.iteration += 1
             progress.global_step += rollout.rewards.numel()
             check_finite(progress, reward=rollout.rewards, value=rollout.next_values)
@@ -704,7 +865,7 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
     )
     if args.render:
         return np.array([play(pair) for pair in seeds])
-    processes = min(episodes, os.cpu_count())
+    processes = min(episodes, count_cores())
     ignore_interrupts = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # this process ends them
     with multiprocessing.get_context("spawn").Pool(processes, *ignore_interrupts) as pool:
         return np.array(pool.map(play, seeds, chunksize=1))
@@ -737,17 +898,6 @@ def choose_actions(agent, envs, obs, device):
 
 # From here on all is convenience: checkpoints, logs, plot, GIF. If you copy the algorithm, delete
 # what you don't need, with the lines of `train` that call it.
-
-
-@contextlib.contextmanager
-def closing_workers(envs):
-    """Ends the environments' processes in any case; tells when one of them died."""
-    try:
-        yield
-    except (EOFError, ConnectionError) as error:
-        raise ChildProcessError("the process of an environment died") from error
-    finally:
-        envs.close(terminate=True)
 
 
 @dataclass

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ["ppo_discrete", "ppo_carracing_cnn"]
 ON_VECTORS = pytest.mark.parametrize("script", ["ppo_discrete"], indirect=True)
 WITH_PENALTY = pytest.mark.parametrize("script", ["ppo_discrete"], indirect=True)
+WITH_WORKERS = pytest.mark.parametrize("script", ["ppo_carracing_cnn"], indirect=True)
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
 

@@ -1,5 +1,9 @@
 """Environments whose right answers are known, registered under `toy_envs:<Name>-v0`."""
 
+import os
+import random
+import time
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -95,8 +99,38 @@ class Broken(Toy):
         raise RuntimeError("no track\nno car")
 
 
+class RaisesInStep(Toy):
+    def reward(self, action):
+        if self.steps == 3:
+            raise RuntimeError("no track\nno car")
+        return 1.0
+
+
+class Dies(Toy):
+    """Takes its process with it."""
+
+    def reward(self, action):
+        if self.steps == 3:
+            os._exit(1)
+        return 1.0
+
+
+class Hangs(Toy):
+    def reward(self, action):
+        if self.steps == 3:
+            time.sleep(1000)
+        return 1.0
+
+
+class GloballyRandom(Toy):
+    """Its randomness is that of NumPy's and Python's global generators."""
+
+    def reward(self, action):
+        return np.random.random() + random.random()
+
+
 for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
-    CountsFromFive, Broken,
+    CountsFromFive, Broken, RaisesInStep, Dies, Hangs, GloballyRandom,
 ):  # fmt: skip
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
