@@ -154,12 +154,13 @@ def check_args(args: Args) -> None:
     """Raise ValueError, one sentence that names the flag, if the run cannot work with `args`."""
     if args.num_envs == args.num_steps == 1:
         raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
+    least = {"seed": 0, "num_workers": 0}
     most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1}
     most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        low = 1 if isinstance(value, int) and name not in ("seed", "num_workers") else 0
+        low = least.get(name, 1 if isinstance(value, int) else 0)
         high = most.get(name, math.inf)
         if not (low <= value <= high and value < math.inf):
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"

@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["ppo_discrete", "ppo_carracing_cnn"]
-ON_VECTORS = pytest.mark.parametrize("script", ["ppo_discrete"], indirect=True)
-WITH_PENALTY = pytest.mark.parametrize("script", ["ppo_discrete"], indirect=True)
-WITH_WORKERS = pytest.mark.parametrize("script", ["ppo_carracing_cnn"], indirect=True)
+SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_carracing_cnn"]
+
+
+def only(*scripts):
+    """A mark: the test is for these scripts."""
+    return pytest.mark.parametrize("script", scripts, indirect=True)
+
+
+ON_VECTORS = only("ppo_discrete", "ppo_continuous")
+WITH_PENALTY = only("ppo_discrete", "ppo_continuous")
+WITH_WORKERS = only("ppo_continuous", "ppo_carracing_cnn")
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
 
@@ -34,10 +41,24 @@ def in_tmp(tmp_path, monkeypatch):
 @pytest.fixture
 def small(script, in_tmp):
     """Args of a run that takes a second: 8 iterations of 4 x 16 steps."""
+    changes = {}
+    if script.__name__ == "ppo_continuous":
+        changes = dict(
+            env_id="Pendulum-v1", env_kwargs=("max_episode_steps=20",), num_workers=0,
+            norm_obs=False, norm_reward=False, gamma=0.98, gae_lambda=0.9, learning_rate=2e-3,
+            num_minibatches=4, log_std_init=0.0,
+        )  # fmt: skip
     return dataclasses.replace(
         script.Args(), num_envs=4, num_steps=16, total_timesteps=512, update_epochs=2,
-        checkpoint_interval=3, eval_episodes=3,
+        checkpoint_interval=3, eval_episodes=3, **changes,
     )  # fmt: skip
+
+
+@pytest.fixture
+def toy(script):
+    """Gives the id of a toy environment, with the kind of actions that the script takes."""
+    kind = "" if script.__name__ == "ppo_discrete" else "Box"
+    return lambda name: f"toy_envs:{name}{kind}-v0"
 
 
 @pytest.fixture

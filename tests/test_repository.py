@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import ON_VECTORS, SCRIPTS
+from conftest import SCRIPTS, only
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def test_every_flag_is_explained(main, script):
 
 VARIANTS = {  # what may differ between scripts; all else of one name is of one text
     "Args", "Agent", "Rollout", "check_args", "make_env", "make_vector_env", "collect_rollout",
-    "update", "train", "evaluate", "Progress", "load_agent", "main",
+    "update", "train", "evaluate", "Progress", "load_agent", "main", "kl_divergence",
 }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_readme_gives_the_defaults():
     assert f"| `--checkpoint-interval` | {args.checkpoint_interval} |" in readme
 
 
-@ON_VECTORS
+@only("ppo_discrete")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3"]

@@ -22,12 +22,11 @@ def collect(script, args):
 
 
 @pytest.mark.parametrize(
-    ("env_id", "end", "flag"),
-    [("toy_envs:Toy-v0", 10, "truncations"), ("toy_envs:Terminating-v0", 7, "terminations")],
+    ("name", "end", "flag"), [("Toy", 10, "truncations"), ("Terminating", 7, "terminations")]
 )
-def test_every_transition_is_real(script, small, env_id, end, flag):
+def test_every_transition_is_real(script, small, toy, name, end, flag):
     """Environments that count their steps: no step is missing, doubled or made up."""
-    args = dataclasses.replace(small, env_id=env_id, num_steps=25)
+    args = dataclasses.replace(small, env_id=toy(name), env_kwargs=(), num_steps=25)
     agent, rollout, next_obs = collect(script, args)
     expected = torch.arange(25).float() % end
     assert torch.equal(rollout.obs[:, :, 1], expected.unsqueeze(1).expand(25, 4))
@@ -140,9 +139,9 @@ def test_gradient_is_clipped(script, small, monkeypatch):
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
 
 
-def test_seeds_differ_between_environments_iterations_and_runs(script, small):
+def test_seeds_differ_between_environments_iterations_and_runs(script, small, toy):
     def labels(seed, iteration):
-        args = dataclasses.replace(small, env_id="toy_envs:Toy-v0", seed=seed, num_envs=8)
+        args = dataclasses.replace(small, env_id=toy("Toy"), env_kwargs=(), seed=seed, num_envs=8)
         envs = script.make_vector_env(args)
         return tuple(script.start_episodes(envs, args, iteration)[:, 0].tolist())
 

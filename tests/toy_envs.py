@@ -22,7 +22,7 @@ class Toy(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        assert action in self.action_space
+        assert action in self.action_space or np.isnan(action).any()
         self.steps += 1
         return self.observe(), self.reward(action), self.steps == self.terminate_after, False, {}
 
@@ -129,8 +129,55 @@ class GloballyRandom(Toy):
         return np.random.random() + random.random()
 
 
+class Bounds(Toy):
+    """Bounds of every kind; the reward is the first action that arrives."""
+
+    action_space = spaces.Box(
+        np.array([-1, 2, -np.inf, 0, -np.inf], np.float32),
+        np.array([3, 2.5, np.inf, np.inf, -7], np.float32),
+    )
+
+    def reward(self, action):
+        self.actions = [*getattr(self, "actions", []), action]
+        return float(action[0])
+
+
+class FarTarget(Toy):
+    """Pays the most, 0, for the action 4.5 of 0 to 6."""
+
+    action_space = spaces.Box(0.0, 6.0, (1,))
+
+    def reward(self, action):
+        return -((action.item() - 4.5) ** 2)
+
+
+class IntegerActions(Toy):
+    action_space = spaces.Box(0, 5, (2,), np.int64)
+
+
+class MatrixActions(Toy):
+    action_space = spaces.Box(-1.0, 1.0, (2, 2))
+
+
+def with_box_actions(cls):
+    """The same environment for actions of two numbers; more than 0 in the first is action 1."""
+
+    class WithBoxActions(cls):
+        def __init__(self):
+            super().__init__()
+            self.action_space = spaces.Box(-1.0, 1.0, (2,))
+
+        def reward(self, action):
+            return super().reward(int(action[0] > 0))
+
+    return WithBoxActions
+
+
 for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
-    CountsFromFive, Broken, RaisesInStep, Dies, Hangs, GloballyRandom,
+    CountsFromFive, Broken, RaisesInStep, Dies, Hangs, GloballyRandom, Bounds, FarTarget,
+    IntegerActions, MatrixActions,
 ):  # fmt: skip
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
+    box = with_box_actions(cls)
+    gym.register(f"{cls.__name__}Box-v0", entry_point=box, max_episode_steps=10)
