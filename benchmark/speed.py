@@ -1,13 +1,16 @@
 """Compare speed with Stable-Baselines3, in turns, on this machine; prints the ratios.
 
     pip install stable-baselines3
-    python benchmark/speed.py
+    python benchmark/speed.py                  # all comparisons
+    python benchmark/speed.py bipedalwalker    # one of them
 
-Every measurement is a process of its own, after a short warm-up in it, with one thread for PyTorch
-(for these networks that is the faster setting for both). Ours is `learning_seconds`: rollouts and
-updates, without TensorBoard; theirs is the time of `learn`, with no logger.
+Every measurement is a process of its own, after a short warm-up in it. Ours is `learning_seconds`:
+rollouts and updates, without TensorBoard; theirs is the time of `learn`, with no logger. For the
+small networks PyTorch has one thread, which is the faster setting for both; for CarRacing both
+have what PyTorch takes.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -18,73 +21,176 @@ import tempfile
 import time
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5
 
 
-def ours(**changes):
-    """Seconds of learning, and steps, of ppo_discrete.py."""
+def ours(script, warm_up=2000, **settings):
+    """Seconds of learning, and steps, of one of our scripts."""
     sys.path.insert(0, str(ROOT))
-    import ppo_discrete
-
+    script = importlib.import_module(script)
     os.chdir(tempfile.mkdtemp())
-    ppo_discrete.train(ppo_discrete.Args(total_timesteps=2000, eval_episodes=1, exp_name="warm-up"))
-    result = ppo_discrete.train(ppo_discrete.Args(eval_episodes=1, **changes))
-    return result["learning_seconds"], result["global_step"]
+    script.report = lambda *args: None  # no evaluation
+    logs, close = [], script.RunLog.close
+    script.RunLog.close = lambda log: (logs.append(log), close(log))
+    total = settings.pop("total_timesteps", script.Args.total_timesteps)
+    for steps in (warm_up, total):
+        script.train(script.Args(total_timesteps=steps, **settings))
+    return logs[-1].progress.learning_seconds, logs[-1].progress.global_step
 
 
-def theirs(num_envs, steps, **settings):
-    """Seconds of learning, and steps, of Stable-Baselines3."""
+def theirs(policy, make, num_envs, steps, warm_up=2000, threads=1, stack=0, **settings):
+    """Seconds of learning, and steps, of Stable-Baselines3; `make` makes an environment."""
     import torch
     from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import (
+        DummyVecEnv,
+        SubprocVecEnv,
+        VecFrameStack,
+        VecNormalize,
+    )
 
-    torch.set_num_threads(1)
-    PPO("MlpPolicy", make_vec_env("CartPole-v1", num_envs), device="cpu", **settings).learn(2000)
-    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", num_envs), device="cpu", **settings)
+    if threads:
+        torch.set_num_threads(threads)
+    vec_env = SubprocVecEnv if settings.pop("processes", False) else DummyVecEnv
+    normalize = settings.pop("normalize", False)
+
+    def model():
+        envs = vec_env([lambda: Monitor(make())] * num_envs)
+        envs = VecFrameStack(envs, stack) if stack else envs
+        envs = VecNormalize(envs, gamma=settings["gamma"]) if normalize else envs
+        return PPO(policy, envs, device="cpu", **settings)
+
+    model().learn(warm_up)
+    measured = model()
     started = time.perf_counter()
-    model.learn(steps)
-    return time.perf_counter() - started, model.num_timesteps
+    measured.learn(steps)
+    return time.perf_counter() - started, measured.num_timesteps
+
+
+class RepeatAction(gym.Wrapper):
+    """Holds each action for four frames, as ours does."""
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(4):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+def make_carracing():
+    env = RepeatAction(gym.make("CarRacing-v3"))
+    return gym.wrappers.GrayscaleObservation(env, keep_dim=True)
+
+
+def frames(lazy):
+    """Seconds, and frames, of CarRacing drawn at every step, on the road."""
+    sys.path.insert(0, str(ROOT))
+    from gymnasium.envs.box2d.car_racing import CarRacing
+
+    from ppo_carracing_cnn import LazyCarRacing
+
+    env = (LazyCarRacing if lazy else CarRacing)()
+    env.reset(seed=1)
+    seconds, count = 0.0, 300
+    for i in range(60 + count):  # the first 50 frames zoom in
+        started = time.perf_counter()
+        env.step(np.array([0.0, 0.02, 0.0]))
+        seconds += time.perf_counter() - started if i >= 60 else 0
+    return seconds, count
 
 
 CLEANRL = dict(  # its ppo.py
     num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4, learning_rate=2.5e-4,
     gamma=0.99, gae_lambda=0.95, ent_coef=0.01, total_timesteps=100_000,
 )  # fmt: skip
-MEASUREMENTS = {
-    "CartPole-v1 by the default command": lambda: ours(),
-    "CartPole-v1 by SB3 with the rl-zoo recipe": lambda: theirs(
-        8, 100_000, n_steps=32, batch_size=256, n_epochs=20, gamma=0.98, gae_lambda=0.8,
-        learning_rate=lambda left: left * 1e-3, clip_range=lambda left: left * 0.2,
+
+# name: description, ours, theirs
+COMPARISONS = {
+    "cartpole": (
+        "CartPole-v1: our default command, SB3 with the rl-zoo recipe",
+        lambda: ours("ppo_discrete"),
+        lambda: theirs(
+            "MlpPolicy", lambda: gym.make("CartPole-v1"), 8, 100_000, n_steps=32, batch_size=256,
+            n_epochs=20, gamma=0.98, gae_lambda=0.8,
+            learning_rate=lambda left: left * 1e-3, clip_range=lambda left: left * 0.2,
+        ),
     ),
-    "CleanRL's hyper-parameters, ours": lambda: ours(**CLEANRL),
-    "CleanRL's hyper-parameters, SB3": lambda: theirs(
-        4, 100_000, n_steps=128, batch_size=128, n_epochs=4, learning_rate=2.5e-4, ent_coef=0.01,
+    "cleanrl": (
+        "CartPole-v1: both with CleanRL's hyper-parameters",
+        lambda: ours("ppo_discrete", **CLEANRL),
+        lambda: theirs(
+            "MlpPolicy", lambda: gym.make("CartPole-v1"), 4, 100_000, n_steps=128, batch_size=128,
+            n_epochs=4, learning_rate=2.5e-4, ent_coef=0.01,
+        ),
+    ),
+    "bipedalwalker": (
+        "BipedalWalker-v3: both with the rl-zoo's hyper-parameters",
+        lambda: ours(
+            "ppo_continuous", num_envs=32, num_steps=2048, num_minibatches=1024, update_epochs=10,
+            gamma=0.999, gae_lambda=0.95, learning_rate=3e-4, clip_coef=0.18,
+            total_timesteps=131_072, warm_up=1,
+        ),
+        lambda: theirs(
+            "MlpPolicy", lambda: gym.make("BipedalWalker-v3"), 32, 131_072, warm_up=65_536,
+            n_steps=2048, batch_size=64, n_epochs=10, gamma=0.999, gae_lambda=0.95,
+            learning_rate=3e-4, clip_range=0.18, normalize=True,
+        ),
+    ),
+    "carracing": (
+        "CarRacing-v3: decisions, both with 8 x 128, batch 256, 4 epochs",
+        lambda: ours(
+            "ppo_carracing_cnn", num_steps=128, num_minibatches=4, update_epochs=4,
+            total_timesteps=4096, warm_up=1024,
+        ),
+        lambda: theirs(
+            "CnnPolicy", make_carracing, 8, 2048, warm_up=1024, threads=0, stack=4, processes=True,
+            n_steps=128, batch_size=256, n_epochs=4, gamma=0.99,
+        ),
+    ),
+    "carracing-frame": (
+        "CarRacing-v3: a drawn frame, ours and Gymnasium's",
+        lambda: frames(lazy=True),
+        lambda: frames(lazy=False),
     ),
 }  # fmt: skip
 
 
-def main():
-    if importlib.util.find_spec("stable_baselines3") is None:
-        sys.exit("this comparison needs Stable-Baselines3: pip install stable-baselines3")
-    seconds = {name: [] for name in MEASUREMENTS}
+def compare(name):
+    """Measure both sides in turns; print each figure, and the median ratio with its range."""
+    description, *_ = COMPARISONS[name]
+    print(description, flush=True)
+    seconds_a_step = {"ours": [], "theirs": []}
     for _ in range(ROUNDS):
-        for name in MEASUREMENTS:
-            line = [sys.executable, __file__, name]
-            output = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+        for side, figures in seconds_a_step.items():
+            line = [sys.executable, __file__, name, side]
+            output = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
             used, steps = json.loads(output.splitlines()[-1])
-            seconds[name].append(used)
-            print(f"{name:42} {used:6.1f} s {steps / used:8.0f} steps/s", flush=True)
-    for a, b in zip(*[iter(MEASUREMENTS)] * 2, strict=True):
-        ratios = sorted(their / our for our, their in zip(seconds[a], seconds[b], strict=True))
-        print(
-            f"{a}: {statistics.median(ratios):.2f} x as fast as SB3 "
-            f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {ROUNDS} rounds)"
-        )
+            figures.append(used / steps)
+            print(f"  {side:6} {used:7.2f} s {steps / used:8.0f} steps/s", flush=True)
+    ratios = sorted(b / a for a, b in zip(*seconds_a_step.values(), strict=True))
+    print(
+        f"  ours is {statistics.median(ratios):.2f} x as fast ({ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f} in {ROUNDS} rounds)",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(MEASUREMENTS[sys.argv[1]]()))
+    names = sys.argv[1:] or list(COMPARISONS)
+    if sys.argv[2:] in (["ours"], ["theirs"]):
+        print(json.dumps(COMPARISONS[names[0]][1 + (sys.argv[2] == "theirs")]()))
+    elif importlib.util.find_spec("stable_baselines3") is None:
+        sys.exit("this comparison needs Stable-Baselines3: pip install stable-baselines3")
+    elif set(names) <= set(COMPARISONS):
+        for each in names:
+            compare(each)
     else:
-        main()
+        sys.exit(f"usage: python benchmark/speed.py [{' | '.join(COMPARISONS)}]...")

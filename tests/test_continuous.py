@@ -1,5 +1,6 @@
-"""Continuous actions: the Gaussian policy, bounds, reward scaling, and PPO-Penalty's KL."""
+"""Continuous actions: the Gaussian policy, bounds, reward scaling, PPO-Penalty."""
 
+import copy
 import dataclasses
 import math
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import toy_envs  # noqa: F401
 from gymnasium import spaces
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
 import ppo_continuous
 
@@ -32,7 +33,7 @@ def agent():
 
 def test_distribution_equals_torch_normal(agent):
     obs, action = torch.randn(5, 7, 3), 3 * torch.randn(5, 7, 2)
-    policy = Normal(agent.get_mean(obs), agent.log_std.exp())
+    policy = Normal(agent.actor(obs), agent.log_std.exp())
     same, logprob, entropy, value = agent.get_action_and_value(obs, action)
     assert torch.equal(same, action)
     torch.testing.assert_close(logprob, policy.log_prob(action).sum(-1))
@@ -48,21 +49,9 @@ def test_actions_are_sampled_with_mean_and_deviation(agent):
     actions, logprobs, _, _ = agent.get_action_and_value(obs)
     deviation = agent.log_std.exp()
     error = deviation / math.sqrt(len(actions))
-    assert ((actions.mean(0) - agent.get_mean(obs[0])).abs() < 5 * error).all()
+    assert ((actions.mean(0) - agent.actor(obs[0])).abs() < 5 * error).all()
     assert ((actions.std(0) / deviation - 1).abs() < 0.02).all()
     torch.testing.assert_close(logprobs, agent.get_action_and_value(obs, actions)[1])
-
-
-def test_kl_divergence_equals_torch():
-    old_mean, new_mean = torch.randn(2, 50, 4)
-    old_log_std, new_log_std = torch.randn(2, 4)
-    expected = kl_divergence(
-        Normal(old_mean, old_log_std.exp()), Normal(new_mean, new_log_std.exp())
-    ).sum(-1)
-    kl = ppo_continuous.kl_divergence(old_mean, old_log_std, new_mean, new_log_std)
-    torch.testing.assert_close(kl, expected)
-    same = ppo_continuous.kl_divergence(old_mean, old_log_std, old_mean, old_log_std)
-    torch.testing.assert_close(same, torch.zeros(50), rtol=0, atol=1e-6)
 
 
 def test_actions_reach_the_environment_within_its_bounds():
@@ -195,3 +184,31 @@ def pendulum_args(seed):
 
 
 assert gym.spec("Pendulum-v1").max_episode_steps == 200
+
+
+def test_kl_of_an_update_is_the_closed_form(small, monkeypatch):
+    """What the penalty is given and what is reported is KL(pi_old || pi) of the stored states."""
+    torch.manual_seed(0)
+    args = dataclasses.replace(small, surrogate="kl-penalty", learning_rate=0.02)
+    envs = ppo_continuous.make_vector_env(args)
+    agent = ppo_continuous.Agent(envs.single_observation_space, envs.single_action_space, False)
+    next_obs = ppo_continuous.start_episodes(envs, args, 0)
+    rollout, _ = ppo_continuous.collect_rollout(agent, envs, next_obs, args, CPU)
+    old = copy.deepcopy(agent)
+    weights = ppo_continuous.flatten_parameters(agent)
+    optimizer = torch.optim.Adam([weights], args.learning_rate)
+    seen, loss = [], ppo_continuous.ppo_penalty_loss
+    monkeypatch.setattr(
+        ppo_continuous,
+        "ppo_penalty_loss",
+        lambda *a: (seen.append(a[3].mean().item()), loss(*a))[1],
+    )
+    advantages, returns = torch.randn(2, args.num_steps, args.num_envs)
+    means = ppo_continuous.update(
+        agent, weights, optimizer, rollout, advantages, returns, args, 1.0
+    )
+    old_mean, new_mean = old.actor(rollout.obs), agent.actor(rollout.obs)
+    old_var, new_var = (2 * old.log_std).exp(), (2 * agent.log_std).exp()
+    kl = agent.log_std - old.log_std - 0.5 + (old_var + (old_mean - new_mean) ** 2) / (2 * new_var)
+    assert means["kl"] == pytest.approx(kl.sum(-1).mean().item(), rel=1e-4)
+    assert means["kl"] > 1e-4 and seen[0] == pytest.approx(0, abs=1e-6) and seen[-1] > 1e-4
