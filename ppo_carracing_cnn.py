@@ -27,6 +27,7 @@ The comments cite
     time limits  Pardo et al. 2018, Time Limits in Reinforcement Learning, arXiv:1712.00378
     Beta         Chou et al. 2017, Improving Stochastic Policy Gradients in Continuous Control with
                  Deep Reinforcement Learning using the Beta Distribution, ICML
+    asymmetric   Pinto et al. 2018, Asymmetric Actor Critic for Image-Based Robot Learning, RSS
     detail 1-13  Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
                  ICLR blog track: the thirteen that concern every PPO
 """
@@ -100,7 +101,7 @@ class Args:
     """in training, an episode is truncated after this many actions without a new tile"""
     reward_scale: float = 0.025
     """rewards are multiplied by this in training"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 1_400_000
     """actions to train for, all environments together"""
     num_envs: int = 8
     """environments that run side by side (the paper's N)"""
@@ -298,7 +299,8 @@ def draw_score(text: str) -> pygame.Surface:
 class AgentView(gym.Wrapper):
     """What the agent sees and does.
 
-    Observations are the last `frame_stack` gray frames, uint8, (96, 96, frame_stack). Actions are
+    Observations are uint8, (97, 96, frame_stack): the last gray frames, and below them a row that
+    says how much of the lap is done, from 0 to 255, for the critic alone (asymmetric). Actions are
     (steering, pedal) in [0, 1]: left to right, and full brake to full gas, so that the two are not
     pressed at once. An action is held for `action_repeat` frames, and its reward is their sum.
     """
@@ -306,8 +308,9 @@ class AgentView(gym.Wrapper):
     def __init__(self, env: gym.Env, args: Args, lost_after: float = math.inf):
         super().__init__(env)
         self.action_repeat, self.lost_after = args.action_repeat, lost_after
-        self.frames = np.zeros((96, 96, args.frame_stack), np.uint8)
-        self.observation_space = spaces.Box(0, 255, self.frames.shape, np.uint8)
+        self.obs = np.zeros((97, 96, args.frame_stack), np.uint8)
+        self.frames, self.lap = self.obs[:96], self.obs[96]
+        self.observation_space = spaces.Box(0, 255, self.obs.shape, np.uint8)
         self.action_space = spaces.Box(0.0, 1.0, (2,), np.float32)
         self.metadata = env.metadata | {
             "render_fps": env.metadata["render_fps"] / self.action_repeat
@@ -317,8 +320,9 @@ class AgentView(gym.Wrapper):
         self.env.unwrapped.lazy = False
         frame, info = self.env.reset(**kwargs)
         self.frames[:] = gray(frame)[..., np.newaxis]
+        self.lap[:] = 0
         self.steps_without_tile = 0
-        return self.frames.copy(), info
+        return self.obs.copy(), info
 
     def step(self, action):
         steering, pedal = 2 * np.asarray(action, np.float64) - 1
@@ -334,9 +338,11 @@ class AgentView(gym.Wrapper):
             frame = self.env.unwrapped.observe()
         self.frames[..., :-1] = self.frames[..., 1:]
         self.frames[..., -1] = gray(frame)
+        env = self.env.unwrapped
+        self.lap[:] = 255 * env.tile_visited_count // len(env.track)
         self.steps_without_tile = 0 if total > 0 else self.steps_without_tile + 1
         truncated = truncated or self.steps_without_tile >= self.lost_after
-        return self.frames.copy(), total, terminated, truncated, info
+        return self.obs.copy(), total, terminated, truncated, info
 
 
 def gray(frame: np.ndarray) -> np.ndarray:
@@ -537,7 +543,9 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 class Agent(nn.Module):
     """The policy pi(a|s) and the value V(s), two heads on one body (detail 13).
 
-    Observations are (batch, 96, 96, frame_stack), uint8; actions (batch, 2), in (0, 1).
+    Observations are (batch, 97, 96, frame_stack), of AgentView; actions (batch, 2), in (0, 1). The
+    policy sees the frames alone. The critic, which only training needs, also knows how much of the
+    lap is done: what there is left to win depends on it, and the frames hardly show it.
     """
 
     def __init__(self, obs_space: spaces.Box, action_space: spaces.Box):
@@ -545,25 +553,25 @@ class Agent(nn.Module):
         self.first = layer_init(nn.Conv2d(obs_space.shape[-1], 16, kernel_size=8, stride=4))
         self.body = nn.Sequential(
             nn.ReLU(),
-            layer_init(nn.Conv2d(16, 32, kernel_size=4, stride=2)),
+            layer_init(nn.Conv2d(16, 32, kernel_size=3, stride=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, kernel_size=3, stride=2)),
             nn.ReLU(),
             nn.Flatten(),
         )
         self.actor = nn.Sequential(
-            layer_init(nn.Linear(64 * 4 * 4, 128)),
+            layer_init(nn.Linear(64 * 5 * 5, 128)),
             nn.ReLU(),
             layer_init(nn.Linear(128, 2 * action_space.shape[0]), std=0.01),
         )
         self.critic = nn.Sequential(
-            layer_init(nn.Linear(64 * 4 * 4, 128)),
+            layer_init(nn.Linear(64 * 5 * 5 + 1, 128)),
             nn.ReLU(),
             layer_init(nn.Linear(128, 1), std=1.0),
         )
 
     def get_features(self, obs: torch.Tensor) -> torch.Tensor:
-        """What both heads work on: (batch, 1024)."""
+        """What both heads work on: (batch, 1600). The windows of `first` end above the last row."""
         # With the channels last in memory, convolutions take half the time on a CPU.
         pixels = obs.float().permute(0, 3, 1, 2)
         # Pixels are scaled to [0, 1] by way of the weights: dividing them takes as long as this.
@@ -576,9 +584,14 @@ class Agent(nn.Module):
         # Validating the arguments would take longer than sampling.
         return Beta(alpha, beta, validate_args=False)
 
+    def judge(self, features: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        """V(s), given what the body makes of it: (batch,)."""
+        lap = obs[:, -1, 0, :1].float() / 32 - 4  # from -4 to 4
+        return self.critic(torch.cat([features, lap], dim=1)).squeeze(-1)
+
     def get_value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (batch,)."""
-        return self.critic(self.get_features(obs)).squeeze(-1)
+        return self.judge(self.get_features(obs), obs)
 
     def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
         """The action (sampled if none is given), its log-probability, the entropy and V(s)."""
@@ -586,7 +599,7 @@ class Agent(nn.Module):
         policy = self.get_policy(features)
         if action is None:
             action = policy.sample().clamp(1e-6, 1 - 1e-6)  # where the density is finite
-        value = self.critic(features).squeeze(-1)
+        value = self.judge(features, obs)
         return action, policy.log_prob(action).sum(-1), policy.entropy().sum(-1), value
 
     def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
@@ -703,7 +716,7 @@ def flatten_parameters(agent: nn.Module) -> nn.Parameter:
 
 
 class Rollout(NamedTuple):
-    """What happened in one iteration; all (num_steps, num_envs), obs (..., 96, 96, frame_stack)."""
+    """What happened in one iteration; all (num_steps, num_envs), obs (..., 97, 96, frame_stack)."""
 
     obs: torch.Tensor
     actions: torch.Tensor

@@ -38,6 +38,17 @@ ROWS = {
         "--num-steps 512 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
         "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
     ),
+    "Pendulum-v1": (
+        range(1, 4),
+        "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 500000 --num-envs 16 "
+        "--num-steps 200 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95",
+    ),
+    "MountainCarContinuous-v0": (
+        range(1, 4),
+        "ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 500000 "
+        "--num-steps 256 --num-minibatches 32 --learning-rate 1e-3 --gamma 0.999 "
+        "--gae-lambda 0.98 --log-std-init 1.1",
+    ),
 }
 
 

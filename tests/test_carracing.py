@@ -86,6 +86,12 @@ class Counting(gym.Env):
     def __init__(self, ends_at=None):
         self.ends_at, self.controls = ends_at, []
 
+    @property
+    def tile_visited_count(self):
+        return self.count
+
+    track = range(20)
+
     def show(self):
         return np.full((96, 96, 3), self.count, np.uint8)
 
@@ -103,7 +109,7 @@ def test_repeat_and_stack():
     args = script_module.Args()
     view = script_module.AgentView(Counting(ends_at=10), args)
     obs, _ = view.reset()
-    assert obs.shape == (96, 96, 4) and obs.dtype == np.uint8 and not obs.any()
+    assert obs.shape == (97, 96, 4) and obs.dtype == np.uint8 and not obs.any()
     first, reward, *_ = view.step(np.array([1.0, 0.75]))
     assert first[0, 0].tolist() == [0, 0, 0, 4] and reward == 11110
     assert len(view.env.controls) == 4
@@ -114,6 +120,7 @@ def test_repeat_and_stack():
     last, reward, terminated, *_ = view.step(np.array([0.5, 0.5]))
     assert terminated and reward == 10**9 + 10**10 and len(view.env.controls) == 10
     assert last[0, 0].tolist() == [0, 4, 8, 10]
+    assert (last[96] == 255 * 10 // 20).all() and (second[96] == 255 * 8 // 20).all()
     assert first[0, 0].tolist() == [0, 0, 0, 4], "what was returned stays as it was"
     obs, _ = view.reset()
     assert not obs.any(), "no frame of the last episode is left"
@@ -128,11 +135,43 @@ def test_lost_car_is_truncated_not_terminated():
     assert first < 12 and not any(terminated for terminated, _ in flags)
 
 
+def make_agent():
+    torch.manual_seed(0)
+    return script_module.Agent(spaces.Box(0, 255, (97, 96, 4), np.uint8), spaces.Box(0, 1, (2,)))
+
+
+def random_obs(batch):
+    return torch.randint(0, 256, (batch, 97, 96, 4), dtype=torch.uint8)
+
+
+def test_policy_is_blind_to_the_row_of_the_critic():
+    agent, obs = make_agent(), random_obs(8)
+    agent.actor[-1].weight.data.mul_(100)
+    changed = obs.clone()
+    changed[:, 96] = 255 - changed[:, 96]
+    assert torch.equal(agent.get_features(obs), agent.get_features(changed))
+    assert torch.equal(*map(agent.get_deterministic_action, (obs, changed)))
+    assert not torch.isclose(agent.get_value(obs), agent.get_value(changed)).any()
+    for index in (np.s_[:, 0], np.s_[:, 95], np.s_[:, :96, 0], np.s_[:, :96, 95]):
+        changed = obs.clone()
+        changed[index] = 255 - changed[index]
+        assert not torch.equal(agent.get_features(obs), agent.get_features(changed)), "seen whole"
+
+
+def test_pixels_are_divided_by_255():
+    agent, obs = make_agent(), random_obs(8)
+    pixels = obs[:, :96].permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(
+        agent.get_features(obs), agent.body(agent.first(pixels)), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(agent.get_features(obs), agent.get_features(obs.float()))
+
+
 def test_beta_equals_its_closed_form():
     torch.manual_seed(0)
-    agent = script_module.Agent(spaces.Box(0, 255, (96, 96, 4), np.uint8), spaces.Box(0, 1, (2,)))
+    agent = make_agent()
     agent.actor[-1].weight.data.mul_(100)
-    obs = torch.randint(0, 256, (64, 96, 96, 4), dtype=torch.uint8)
+    obs = random_obs(64)
     action, logprob, entropy, value = agent.get_action_and_value(obs)
     policy = agent.get_policy(agent.get_features(obs))
     a, b = policy.concentration1.double(), policy.concentration0.double()
