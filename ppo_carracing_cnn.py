@@ -383,14 +383,14 @@ def make_training_env(args: Args) -> gym.Env:
 
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     """`args.num_envs` environments that step together (detail 1), in worker processes."""
-    make = functools.partial(make_training_env, args)
+    env_fns = [functools.partial(make_training_env, args)] * args.num_envs
     num_workers = count_cores() if args.num_workers is None else args.num_workers
     if num_workers == 0:
-        return make_sync_vector_env(make, args.num_envs)
-    return WorkerVectorEnv(make, args.num_envs, num_workers, args.worker_timeout)
+        return make_sync_vector_env(env_fns)
+    return WorkerVectorEnv(env_fns, num_workers, args.worker_timeout)
 
 
-def make_sync_vector_env(make, num_envs: int) -> gym.vector.VectorEnv:
+def make_sync_vector_env(env_fns: list) -> gym.vector.VectorEnv:
     """Environments that step one after the other, in this process.
 
     SAME_STEP: the step that ends an episode already returns the next one's first observation, with
@@ -398,7 +398,7 @@ def make_sync_vector_env(make, num_envs: int) -> gym.vector.VectorEnv:
     Gymnasium's default mode a step follows whose action is ignored.)
     """
     return gym.vector.SyncVectorEnv(
-        [make] * num_envs,
+        env_fns,
         copy=False,  # observations come in one buffer, which the next step overwrites
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
@@ -420,9 +420,9 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
     step. ChildProcessError tells that a worker died, raised, or took longer than `timeout` seconds.
     """
 
-    def __init__(self, make, num_envs: int, num_workers: int, timeout: float):
-        env = make()
-        self.num_envs, self.timeout = num_envs, timeout
+    def __init__(self, env_fns: list, num_workers: int, timeout: float):
+        env = env_fns[0]()
+        self.num_envs, self.timeout = len(env_fns), timeout
         self.single_observation_space = env.observation_space
         self.single_action_space = env.action_space
         self.metadata = env.metadata | {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -433,18 +433,18 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             reward=spaces.Box(-np.inf, np.inf, (), np.float64),
             terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
         )  # fmt: skip
-        memory = create_shared_memory(space, num_envs)
-        self.arrays = read_from_shared_memory(space, memory, num_envs)
+        memory = create_shared_memory(space, self.num_envs)
+        self.arrays = read_from_shared_memory(space, memory, self.num_envs)
         self.workers, self.connections = [], []
         atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
         self.slices = [
             slice(int(part[0]), int(part[-1]) + 1)
-            for part in np.array_split(np.arange(num_envs), min(num_workers, num_envs))
+            for part in np.array_split(np.arange(self.num_envs), min(num_workers, self.num_envs))
         ]
         for part in self.slices:
             connection, theirs = multiprocessing.Pipe()
             self.connections.append(connection)
-            inputs = (theirs, self.connections, make, space, memory, num_envs, part)
+            inputs = (theirs, self.connections, env_fns, space, memory, part)
             worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
             worker.start()
             theirs.close()  # so that the connection ends with the worker
@@ -487,17 +487,17 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             worker.join()
 
 
-def run_worker(connection, others, make, space, memory, num_envs, part) -> None:
+def run_worker(connection, others, env_fns, space, memory, part) -> None:
     """A worker of WorkerVectorEnv: step the environments in the slice `part`, as told."""
     for other in others:
         other.close()  # so that the connection ends with the main process
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides when to stop
         signal.signal(number, signal.SIG_IGN)
-    arrays = read_from_shared_memory(space, memory, num_envs)
+    arrays = read_from_shared_memory(space, memory, len(env_fns))
     mine = {name: array[part] for name, array in arrays.items()}
     names = ("obs", "reward", "terminated", "truncated")  # of what `step` returns
     try:
-        envs = make_sync_vector_env(make, part.stop - part.start)
+        envs = make_sync_vector_env(env_fns[part])
         while (message := connection.recv()) != "close":
             if message == "step":
                 *step, infos = envs.step(mine["action"])

@@ -20,8 +20,8 @@ def open_workers(script):
     opened = []
 
     def open_workers(env_id, num_envs=5, num_workers=2, timeout=60.0):
-        make = functools.partial(gym.make, env_id)
-        opened.append(script.WorkerVectorEnv(make, num_envs, num_workers, timeout))
+        env_fns = [functools.partial(gym.make, env_id)] * num_envs
+        opened.append(script.WorkerVectorEnv(env_fns, num_workers, timeout))
         return opened[-1]
 
     yield open_workers
@@ -36,10 +36,10 @@ def test_equal_to_the_in_process_environments(script, open_workers, env_id, num_
     make = functools.partial(gym.make, env_id)
     if env_id == "Pendulum-v1":
         make = functools.partial(make, max_episode_steps=20)
+    env_fns = [make] * 5
     both = [
-        script.WorkerVectorEnv(make, 5, num_workers, 60.0),
-        script.make_sync_vector_env(make, 5),
-    ]
+        script.WorkerVectorEnv(env_fns, num_workers, 60.0), script.make_sync_vector_env(env_fns)
+    ]  # fmt: skip
     try:
         for name in ("num_envs", "single_observation_space", "single_action_space"):
             assert getattr(both[0], name) == getattr(both[1], name)
