@@ -796,9 +796,7 @@ class RunLog:
             self.returns += rewards
             self.lengths += 1
             for i in np.flatnonzero(ended):
-                progress.episodes.append((step, float(self.returns[i]), int(self.lengths[i])))
-                self.writer.add_scalar("charts/episodic_return", self.returns[i], step)
-                self.writer.add_scalar("charts/episodic_length", self.lengths[i], step)
+                self.record_episode(step, i)
             self.returns[ended] = self.lengths[ended] = 0
         unexplained = (returns - rollout.values).var() / returns.var()
         metrics = metrics | {"explained_variance": 1 - unexplained.item()}
@@ -811,6 +809,13 @@ class RunLog:
             mean = np.mean([episode[1] for episode in progress.episodes[-100:]])
             self.bar.set_postfix_str(f"return {mean:.1f}", refresh=False)
         self.bar.update(rollout.rewards.numel())
+
+    def record_episode(self, step, i):
+        """Record that an episode ended in environment `i`."""
+        episode_return, length = self.returns[i].item(), self.lengths[i].item()
+        self.progress.episodes.append((step, episode_return, length))
+        self.writer.add_scalar("charts/episodic_return", episode_return, step)
+        self.writer.add_scalar("charts/episodic_length", length, step)
 
 
 def report(args, agent, log, device):

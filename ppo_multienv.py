@@ -1,0 +1,1281 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "gymnasium[box2d]>=1.1",
+#     "matplotlib",
+#     "numpy",
+#     "tensorboard",
+#     "torch>=2.6",
+#     "tqdm",
+#     "tyro",
+# ]
+# ///
+"""Proximal Policy Optimization with many environments: PPO-Clip, whole in this file.
+
+Environments step in worker processes, and `torchrun` repeats the whole over several processes, GPUs
+and machines, which average their gradients. A policy and a value, two heads on one network, learn
+any Gymnasium environments with vector observations, and discrete or continuous actions.
+
+    python ppo_multienv.py                                          # LunarLander-v3
+    torchrun --nproc-per-node 2 ppo_multienv.py                     # twice the environments
+    python ppo_multienv.py --evaluate runs/<run>/agent.pt --render  # watch a trained agent
+
+The comments cite
+    PPO          Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    GAE          Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized
+                 Advantage Estimation, arXiv:1506.02438
+    time limits  Pardo et al. 2018, Time Limits in Reinforcement Learning, arXiv:1712.00378
+    detail 1-13  Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
+                 ICLR blog track: the thirteen that concern every PPO
+    cont. 1-9    there, the nine for continuous actions
+"""
+
+import ast
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from gymnasium import spaces
+from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    """Train PPO with many environments; the defaults solve LunarLander-v3."""
+
+    exp_name: str = "ppo_multienv"
+    """name of the experiment, a part of the run folder's name"""
+    seed: int = 1
+    """all randomness of the run follows from it"""
+    cuda: bool = False
+    """compute on the GPU (for networks as small as these, the CPU is faster)"""
+
+    env_ids: tuple[str, ...] = ("LunarLander-v3",)
+    """Gymnasium environments with equal spaces, each played by an equal part of `num_envs`;
+    `module:Name-v0` imports the module first"""
+    env_kwargs: tuple[str, ...] = ()
+    """arguments of the environments, such as `--env-kwargs continuous=True`"""
+    total_timesteps: int = 100_000
+    """environment steps to train for, all environments together, rounded up to whole iterations"""
+    num_envs: int = 32
+    """environments that run side by side in each process of torchrun (the paper's N)"""
+    num_steps: int = 32
+    """steps in each environment per iteration (the paper's T)"""
+    num_workers: int | None = None
+    """processes that step the environments, 0 for none but this (None: one a core)"""
+    worker_timeout: float = 300.0
+    """seconds after which a step of the environments that does not end ends the run"""
+    rank_timeout: float = 600.0
+    """seconds after which a process of torchrun that is not heard of ends the run"""
+
+    learning_rate: float = 2e-3
+    """step size of Adam"""
+    anneal_lr: bool = True
+    """let the learning rate fall to 0, linearly"""
+    gamma: float = 0.98
+    """discount factor"""
+    gae_lambda: float = 0.9
+    """lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo"""
+    num_minibatches: int = 4
+    """minibatches an epoch; num_envs * num_steps / num_minibatches is the paper's M"""
+    update_epochs: int = 8
+    """epochs an iteration (the paper's K)"""
+    norm_adv: bool = True
+    """normalise the advantages of each minibatch"""
+    clip_coef: float = 0.2
+    """how far from 1 the ratio of new to old probability pays (the paper's epsilon)"""
+    clip_vloss: bool = False
+    """clip the value loss too (Engstrom et al. 2020 and Andrychowicz et al. 2021 found no gain)"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus (the paper's c_2)"""
+    vf_coef: float = 0.5
+    """weight of the value loss (the paper's c_1)"""
+    max_grad_norm: float = 0.5
+    """the gradient is scaled down to this norm if it is larger"""
+    target_kl: float | None = None
+    """the iteration's updates end when the KL passes 1.5 times this (None: never)"""
+    norm_obs: bool = True
+    """normalise observations by running moments, which are saved as a part of the agent"""
+    norm_reward: bool = True
+    """scale rewards, in training, by the running deviation of the discounted return"""
+    log_std_init: float = 0.0
+    """first logarithm of the actions' standard deviation, where their bounds are -1 and 1"""
+
+    checkpoint_interval: int = 50
+    """iterations between checkpoints, at which all environments start new episodes (so this times
+    num_steps should be a good deal more than an episode lasts)"""
+    eval_episodes: int = 100
+    """episodes of the evaluation"""
+    evaluate: Path | None = None
+    """checkpoint (agent.pt) to evaluate instead of training"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
+    resume: Path | None = None
+    """checkpoint (agent.pt) to go on from; flags given beside it override the saved ones"""
+
+    @property
+    def env_id(self) -> str:
+        """The environments' names in one."""
+        return "+".join(self.env_ids)
+
+
+def check_args(args: Args) -> None:
+    """Raise ValueError, one sentence that names the flag, if the run cannot work with `args`."""
+    if args.num_envs == args.num_steps == 1:
+        raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
+    least = {"seed": 0, "num_workers": 0, "log_std_init": -20}
+    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "log_std_init": 20}
+    most["num_minibatches"] = args.num_envs * args.num_steps // 2
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        low = least.get(name, 1 if isinstance(value, int) else 0)
+        high = most.get(name, math.inf)
+        if not (low <= value <= high and value < math.inf):
+            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; leave it out")
+    if args.render and not args.evaluate:
+        raise ValueError("--render needs --evaluate PATH")
+    if args.evaluate and args.resume:
+        raise ValueError("--evaluate and --resume exclude each other")
+    if args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--evaluate is for one process; leave torchrun out")
+    if not 1 <= len(args.env_ids) <= args.num_envs:
+        raise ValueError("--env-ids takes from 1 to --num-envs environments")
+    all_spaces = {}
+    for index, env_id in enumerate(args.env_ids):
+        try:
+            env = make_env(args, "human" if args.render else None, index)
+            env.reset()
+        except Exception as error:  # whatever a user's own environment raises
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise ValueError(f"--env-ids {env_id} does not start: {reason}") from error
+        env.close()
+        obs_space, action_space = env.observation_space, env.action_space
+        all_spaces[env_id] = (obs_space, action_space)
+        if not isinstance(obs_space, spaces.Box) or len(obs_space.shape) != 1:
+            raise ValueError(
+                f"--env-ids {env_id} observes {obs_space}; this script takes vectors (Box of one "
+                "dimension), which gymnasium.wrappers.FlattenObservation makes of most others"
+            )
+        if not isinstance(action_space, spaces.Discrete) and not takes_real_vectors(env):
+            raise ValueError(
+                f"--env-ids {env_id} takes actions from {action_space}; this script gives Discrete "
+                "ones or vectors of real numbers (Box of one dimension)"
+            )
+        if all_spaces[env_id] != all_spaces[args.env_ids[0]]:
+            raise ValueError(
+                f"--env-ids need equal spaces: {args.env_ids[0]} has "
+                f"{all_spaces[args.env_ids[0]]}, {env_id} has {all_spaces[env_id]}"
+            )
+
+
+def parse_env_kwargs(args: Args) -> dict:
+    """The environment's arguments by name, from NAME=VALUE each."""
+    try:
+        kwargs = dict(item.split("=", 1) for item in args.env_kwargs)
+        return {name: ast.literal_eval(value) for name, value in kwargs.items()}
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(
+            "--env-kwargs takes NAME=VALUE, each value a Python literal, not "
+            + " ".join(args.env_kwargs)
+        ) from error
+
+
+def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.Env:
+    """One environment: that of `env_ids` whose turn it is, in steps of `index`."""
+    kwargs = parse_env_kwargs(args)
+    if render_mode:
+        kwargs["render_mode"] = render_mode
+    env = gym.make(args.env_ids[index % len(args.env_ids)], **kwargs)
+    if getattr(env.action_space, "start", 0) != 0:  # let actions count from 0
+        start, actions = env.action_space.start, spaces.Discrete(env.action_space.n)
+        env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
+    return scale_actions(env) if takes_real_vectors(env) else env
+
+
+def takes_real_vectors(env: gym.Env) -> bool:
+    """Whether the actions are what a Gaussian policy gives."""
+    space = env.action_space
+    real = np.issubdtype(space.dtype, np.floating)
+    return isinstance(space, spaces.Box) and real and len(space.shape) == 1
+
+
+def scale_actions(env: gym.Env) -> gym.Env:
+    """Map [-1, 1] onto the bounds of each action, and clip what lies beyond (cont. 5).
+
+    An action that is unbounded on one side or both is not scaled; it is clipped to its bound, if it
+    has one.
+    """
+    low, high = env.action_space.low, env.action_space.high
+    bounded = np.isfinite(low) & np.isfinite(high)
+    scale = np.where(bounded, high - low, 2) / 2
+    shift = np.where(bounded, low + scale, 0)
+    space = spaces.Box(np.where(bounded, -1, low), np.where(bounded, 1, high), dtype=np.float32)
+
+    def to_bounds(action):
+        return np.clip(action * scale + shift, low, high).astype(low.dtype)
+
+    return gym.wrappers.TransformAction(env, to_bounds, space)
+
+
+def make_vector_env(args: Args) -> gym.vector.VectorEnv:
+    """`args.num_envs` environments that step together (detail 1), in worker processes."""
+    env_fns = [functools.partial(make_env, args, None, index) for index in range(args.num_envs)]
+    num_workers = count_cores() if args.num_workers is None else args.num_workers
+    if num_workers == 0:
+        return make_sync_vector_env(env_fns)
+    return WorkerVectorEnv(env_fns, num_workers, args.worker_timeout)
+
+
+def make_sync_vector_env(env_fns: list) -> gym.vector.VectorEnv:
+    """Environments that step one after the other, in this process.
+
+    SAME_STEP: the step that ends an episode already returns the next one's first observation, with
+    the final one in `infos["final_obs"]`, so every stored transition is one that happened. (In
+    Gymnasium's default mode a step follows whose action is ignored.)
+    """
+    return gym.vector.SyncVectorEnv(
+        env_fns,
+        copy=False,  # observations come in one buffer, which the next step overwrites
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+    )
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # where the system can hold a process to some of them
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class WorkerVectorEnv(gym.vector.VectorEnv):
+    """What `make_sync_vector_env` makes, shared out over processes; it steps to the same numbers.
+
+    Each worker steps several environments and answers once a step; all arrays lie in shared memory.
+    (Gymnasium's AsyncVectorEnv has a process for each environment. Where these outnumber the cores,
+    switching between them costs more than it brings.) What is returned is overwritten by the next
+    step. ChildProcessError tells that a worker died, raised, or took longer than `timeout` seconds.
+    """
+
+    def __init__(self, env_fns: list, num_workers: int, timeout: float):
+        env = env_fns[0]()
+        self.num_envs, self.timeout = len(env_fns), timeout
+        self.single_observation_space = env.observation_space
+        self.single_action_space = env.action_space
+        self.metadata = env.metadata | {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        env.close()
+        # All that is exchanged in a step, for each environment.
+        space = spaces.Dict(
+            obs=env.observation_space, final_obs=env.observation_space, action=env.action_space,
+            reward=spaces.Box(-np.inf, np.inf, (), np.float64),
+            terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
+        )  # fmt: skip
+        memory = create_shared_memory(space, self.num_envs)
+        self.arrays = read_from_shared_memory(space, memory, self.num_envs)
+        self.workers, self.connections = [], []
+        atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
+        self.slices = [
+            slice(int(part[0]), int(part[-1]) + 1)
+            for part in np.array_split(np.arange(self.num_envs), min(num_workers, self.num_envs))
+        ]
+        for part in self.slices:
+            connection, theirs = multiprocessing.Pipe()
+            self.connections.append(connection)
+            inputs = (theirs, self.connections, env_fns, space, memory, part)
+            worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
+            worker.start()
+            theirs.close()  # so that the connection ends with the worker
+            self.workers.append(worker)
+
+    def reset(self, *, seed: list[int], options=None):
+        """Start new episodes, one with each seed."""
+        self.exchange([seed[part] for part in self.slices])
+        return self.arrays["obs"], {}
+
+    def step(self, actions: np.ndarray):
+        self.arrays["action"][:] = actions
+        self.exchange(["step"] * len(self.workers))
+        terminated, truncated = (self.arrays[name] > 0 for name in ("terminated", "truncated"))
+        ended = terminated | truncated
+        infos = {"final_obs": self.arrays["final_obs"], "_final_obs": ended} if ended.any() else {}
+        return self.arrays["obs"], self.arrays["reward"], terminated, truncated, infos
+
+    def exchange(self, messages):
+        """Send each worker its message; wait until all have done what it says."""
+        for connection, message in zip(self.connections, messages, strict=True):
+            with contextlib.suppress(ConnectionError):  # the worker ended: hear why, below
+                connection.send(message)
+        try:
+            for connection in self.connections:
+                if not connection.poll(self.timeout):
+                    raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
+                if problem := connection.recv():
+                    raise ChildProcessError(f"an environment raised {problem}")
+        except (EOFError, ConnectionError) as error:
+            raise ChildProcessError("the process of an environment died") from error
+
+    def close_extras(self, **kwargs):
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send("close")
+        for worker in self.workers:
+            worker.join(timeout=1)
+            worker.kill()
+            worker.join()
+
+
+def run_worker(connection, others, env_fns, space, memory, part) -> None:
+    """A worker of WorkerVectorEnv: step the environments in the slice `part`, as told."""
+    for other in others:
+        other.close()  # so that the connection ends with the main process
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
+    arrays = read_from_shared_memory(space, memory, len(env_fns))
+    mine = {name: array[part] for name, array in arrays.items()}
+    names = ("obs", "reward", "terminated", "truncated")  # of what `step` returns
+    try:
+        envs = make_sync_vector_env(env_fns[part])
+        while (message := connection.recv()) != "close":
+            if message == "step":
+                *step, infos = envs.step(mine["action"])
+                for name, array in zip(names, step, strict=True):
+                    mine[name][:] = array
+                for i in np.flatnonzero(infos.get("_final_obs", [])):
+                    mine["final_obs"][i] = infos["final_obs"][i]
+            else:
+                np.random.seed(message[0])  # this and the next for environments that use them
+                random.seed(message[0])
+                mine["obs"][:], _ = envs.reset(seed=message)
+            connection.send(None)
+        envs.close()
+    except (EOFError, ConnectionError):
+        pass  # the main process is gone
+    except Exception as error:  # whatever a user's own environment raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(f"{type(error).__name__} {error}".split())
+        connection.send(f"{text} ({place.filename}, line {place.lineno})")
+
+
+def start_episodes(envs: gym.vector.VectorEnv, args: Args, iteration: int, rank: int) -> np.ndarray:
+    """Start new episodes, with every random stream seeded by (seed, iteration, rank).
+
+    This happens at each scheduled checkpoint too. So a run resumed from one equals a run that was
+    never stopped, to the bit on a CPU, although the state of an environment cannot be saved.
+    """
+    rng = np.random.default_rng([args.seed, iteration, rank])
+    torch.manual_seed(int(rng.integers(2**63)))
+    np.random.seed(rng.integers(2**32))  # this and the next for environments that use them
+    random.seed(int(rng.integers(2**32)))
+    obs, _ = envs.reset(seed=rng.integers(2**31, size=args.num_envs).tolist())
+    return obs
+
+
+class Ranks:
+    """The processes that torchrun started, which make up one run; without torchrun, this one.
+
+    Every rank makes the same calls in the same order, and each call waits for all ranks. That one
+    is gone, or is not heard of in time, ends in a ConnectionError.
+    """
+
+    def __init__(self, args: Args):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.timeout = datetime.timedelta(seconds=args.rank_timeout)
+        self.device = torch.device("cpu")
+        if args.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if self.size > 1:
+            backend = "nccl" if args.cuda else "gloo"
+            self.call(dist.init_process_group, backend, timeout=self.timeout)
+
+    def call(self, function, *args, **kwargs):
+        """Call a function of torch.distributed."""
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            seconds = self.timeout.total_seconds()
+            raise ConnectionError(
+                f"another process of the run is gone, or was not heard of in {seconds:g} s"
+            ) from error
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, in place of this one."""
+        if self.size > 1:
+            self.call(dist.all_reduce, tensor)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' tensors, one behind the other in the last dimension."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        self.call(dist.all_gather, parts, tensor.contiguous())
+        return torch.cat(parts, dim=-1)
+
+    def agree(self, problem: Exception | None, stop_signal: int) -> int:
+        """Raise the problem of this rank, or say that another has one; the signal that any got."""
+        flags = self.gather(torch.tensor([problem is not None, stop_signal], device=self.device))
+        flags = flags.view(self.size, 2)
+        if problem is not None:
+            raise problem
+        if flags[:, 0].any():
+            raise ConnectionError("another process of the run stopped it")
+        return int(flags[:, 1].max())
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights scaled by `std`, biases 0 (detail 2)."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ObservationNormalizer(nn.Module):
+    """Shifts and scales observations to mean 0, variance 1, by the moments of all it was shown.
+
+    The moments are buffers: saved, loaded and moved with the agent's weights.
+    """
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
+
+    def update(self, obs: torch.Tensor, ranks: Ranks) -> None:
+        """Take in all ranks' observations (..., obs_dim): the update of Chan et al. 1979."""
+        obs = obs.flatten(0, -2).double()
+        sums = ranks.sum(torch.cat([obs.sum(0), torch.full_like(self.mean[:1], len(obs))]))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        squares = self.var * self.count + ranks.sum(((obs - mean) ** 2).sum(0))
+        total, delta = self.count + count, mean - self.mean
+        self.var.copy_((squares + delta**2 * self.count * count / total) / total)
+        self.mean.add_(delta * count / total)
+        self.count.copy_(total)
+
+
+class RewardScaler(ObservationNormalizer):
+    """Divides rewards by the standard deviation of the discounted return (cont. 8, 9).
+
+    The moments are those of R_t = r_t + gamma R_{t-1}, which starts anew in each episode. Rewards
+    are not shifted: that would make it pay to end an episode, or not to.
+    """
+
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, rewards: torch.Tensor) -> torch.Tensor:
+        return (rewards / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
+
+    def update(self, rewards, dones, discounted, gamma, ranks):
+        """Take in rewards (num_steps, num_envs).
+
+        Returns:
+            R at their end, (num_envs,), given in `discounted` what it was before them.
+        """
+        history = []
+        for reward, done in zip(rewards.double(), dones, strict=True):
+            discounted = reward + gamma * discounted
+            history.append(discounted)
+            discounted = torch.where(done, 0.0, discounted)
+        super().update(torch.stack(history).unsqueeze(-1), ranks)
+        return discounted
+
+
+class Agent(nn.Module):
+    """The policy pi(a|s) and the value V(s), two heads on one network (detail 13).
+
+    Observations are (..., obs_dim), as they come. Actions are (...), numbers of discrete ones, or
+    (..., action_dim), Gaussian, which may lie beyond the bounds -1 and 1: probabilities are those
+    of the action as sampled, and `make_env` clips what the environment gets.
+    """
+
+    def __init__(
+        self,
+        obs_space: spaces.Box,
+        action_space: spaces.Space,
+        norm_obs: bool,
+        log_std: float = 0.0,
+    ):
+        super().__init__()
+        obs_dim = obs_space.shape[0]
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        num_outputs = action_space.n if self.discrete else action_space.shape[0]
+        self.normalize = ObservationNormalizer(obs_dim) if norm_obs else nn.Identity()
+        self.scale_rewards = RewardScaler()
+        self.body = nn.Sequential(
+            layer_init(nn.Linear(obs_dim, 128)),
+            nn.Tanh(),
+            layer_init(nn.Linear(128, 128)),
+            nn.Tanh(),
+        )
+        self.actor = layer_init(nn.Linear(128, num_outputs), std=0.01)
+        self.critic = layer_init(nn.Linear(128, 1), std=1.0)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((num_outputs,), log_std))  # (cont. 2)
+
+    def get_features(self, obs: torch.Tensor) -> torch.Tensor:
+        """What both heads work on: (..., 128)."""
+        return self.body(self.normalize(obs))
+
+    def get_policy(self, features: torch.Tensor) -> Categorical | Independent:
+        """pi(.|s), given what the network makes of s."""
+        output = self.actor(features)
+        if self.discrete:
+            return Categorical(logits=output, validate_args=False)
+        std = self.log_std.exp().expand_as(output)
+        return Independent(Normal(output, std, validate_args=False), 1, validate_args=False)
+
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(s): (...)."""
+        return self.critic(self.get_features(obs)).squeeze(-1)
+
+    def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
+        """The action (sampled if none is given), its log-probability, the entropy, V(s): (...)."""
+        features = self.get_features(obs)
+        policy = self.get_policy(features)
+        if action is None:
+            action = policy.sample()
+        value = self.critic(features).squeeze(-1)
+        return action, policy.log_prob(action), policy.entropy(), value
+
+    def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
+        """The most probable action."""
+        return self.get_policy(self.get_features(obs)).mode
+
+
+def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
+    """Generalised advantage estimation: PPO eq. 11, GAE eq. 16, as a recursion (detail 5).
+
+    All tensors are (num_steps, num_envs); none is changed.
+
+    Args:
+        rewards: r_t.
+        values: V(s_t).
+        next_values: V of the observation that the action at t led to: V(s_{t+1}) within an episode,
+            V(final observation) where it was truncated; not used where it terminated.
+        terminations: whether the episode reached a terminal state, after which nothing is earned.
+        truncations: whether it was cut, by a time limit for instance, and would have gone on: the
+            rest is bootstrapped (time limits). Where both are set, it terminated.
+        gamma, gae_lambda: discount factor and lambda.
+
+    Returns:
+        the advantages A_t, and A_t + V(s_t), the returns that the value function is trained on.
+    """
+    terminations, truncations = terminations.bool(), truncations.bool()
+    # PPO eq. 12: delta_t = r_t + gamma V(s_{t+1}) - V(s_t), where V is 0 in a terminal state.
+    deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values
+    # PPO eq. 11: A_t = delta_t + gamma lambda A_{t+1}, with nothing passed back between episodes.
+    decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
+    advantage = torch.zeros_like(deltas[0])
+    backwards = []
+    for delta, decay in zip(deltas.flip(0), decays.flip(0), strict=True):
+        advantage = delta + decay * advantage
+        backwards.append(advantage)
+    advantages = torch.stack(backwards).flip(0)
+    return advantages, advantages + values
+
+
+def ppo_loss(
+    new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy,
+    clip_coef=0.2, vf_coef=0.5, ent_coef=0.01, clip_vloss=False,
+):  # fmt: skip
+    """PPO-Clip: -(L^CLIP - c_1 L^VF + c_2 S), PPO eq. 9, to be minimised.
+
+    All tensors are (batch,). Another shape raises ValueError: a (batch, 1) among them would
+    broadcast to (batch, batch) without a word.
+
+    Args:
+        new_logprobs, new_values, entropy: of the agent that is trained.
+        old_logprobs, old_values: of the agent that collected the rollout.
+        advantages: used as given.
+        returns: what the values are trained on.
+        clip_coef, vf_coef, ent_coef: epsilon, c_1, c_2.
+        clip_vloss: take V clipped to within clip_coef of old_values, where that is worse.
+
+    Returns:
+        the loss, a scalar to differentiate, and metrics, a dict of detached scalars.
+    """
+    check_shapes(new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy)
+    log_ratio = new_logprobs - old_logprobs
+    ratio = log_ratio.exp()  # eq. 6: r_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    # Eq. 7: L^CLIP = E[min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon) A_t)] (detail 8).
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_objective = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    value_loss = compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss)
+    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9
+    return loss, loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef)
+
+
+def compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss):
+    """L^VF of PPO eq. 9: the mean squared error, or the clipped one (detail 9)."""
+    squared_error = (new_values - returns) ** 2
+    if clip_vloss:
+        clipped_values = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
+        squared_error = torch.max(squared_error, (clipped_values - returns) ** 2)
+    return squared_error.mean()
+
+
+@torch.no_grad()
+def loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef):
+    """What there is to watch (detail 12), as detached scalars."""
+    ratio = log_ratio.exp()
+    return {
+        "policy_loss": -policy_objective,
+        "value_loss": value_loss.detach(),
+        "entropy": entropy.mean(),
+        "approx_kl": ((ratio - 1) - log_ratio).mean(),  # Schulman's k3 estimate of KL(old || new)
+        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+    }
+
+
+def check_shapes(*tensors):
+    """Raise ValueError unless all tensors have one and the same shape (batch,)."""
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1 or tensors[0].ndim != 1:
+        raise ValueError(f"expected tensors of one shape (batch,), not {sorted(shapes)}")
+
+
+def flatten_parameters(agent: nn.Module) -> nn.Parameter:
+    """Make all weights views of one vector, and their gradients views of its gradient.
+
+    Clipping, Adam and zeroing then take one tensor instead of a dozen, with the same result; for
+    small networks this saves a seventh of the update's time.
+    """
+    weights = list(agent.parameters())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(weights).detach())
+    vector.grad = torch.zeros_like(vector)
+    nn.utils.vector_to_parameters(vector.data, weights)
+    gradients = vector.grad.split([weight.numel() for weight in weights])
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient.view_as(weight)
+    return vector
+
+
+class Rollout(NamedTuple):
+    """What happened in one iteration; all (num_steps, num_envs), obs (..., obs_dim)."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    rewards: torch.Tensor
+    next_values: torch.Tensor
+    terminations: torch.Tensor
+    truncations: torch.Tensor
+
+
+def collect_rollout(agent, envs, next_obs, args, device):
+    """Act for `num_steps` steps in every environment, from `next_obs` (num_envs, obs_dim) on.
+
+    Values and log-probabilities are computed at the end, all at once: the weights don't change
+    meanwhile, and one pass over the whole rollout costs less than one at every step.
+
+    Returns:
+        the Rollout, and the observations from which the next one goes on.
+    """
+    shape = (args.num_steps, args.num_envs)
+    obs = np.empty((*shape, *envs.single_observation_space.shape), np.float32)
+    action_space = envs.single_action_space
+    actions = np.empty((*shape, *action_space.shape), action_space.dtype)
+    rewards = np.empty(shape, np.float32)
+    terminations, truncations = np.empty(shape, bool), np.empty(shape, bool)
+    final_obs = []
+    for t in range(args.num_steps):
+        obs[t] = next_obs
+        with torch.inference_mode():
+            features = agent.get_features(torch.from_numpy(obs[t]).to(device))
+            actions[t] = agent.get_policy(features).sample().cpu().numpy()
+        next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
+        if "final_obs" in infos:  # at least one episode ended
+            final_obs.extend(infos["final_obs"][truncations[t]])
+
+    arrays = (obs, actions, rewards, terminations, truncations)
+    obs, actions, rewards, terminations, truncations = (
+        torch.from_numpy(array).to(device) for array in arrays
+    )
+    with torch.no_grad():
+        _, logprobs, _, values = agent.get_action_and_value(obs, actions)
+        last_value = agent.get_value(torch.as_tensor(next_obs, dtype=torch.float32, device=device))
+        next_values = torch.cat([values[1:], last_value.unsqueeze(0)])
+        if final_obs:
+            final_obs = torch.as_tensor(np.stack(final_obs), dtype=torch.float32, device=device)
+            next_values[truncations] = agent.get_value(final_obs)
+    rollout = Rollout(
+        obs, actions, logprobs, values, rewards, next_values, terminations, truncations
+    )
+    return rollout, next_obs
+
+
+def update(agent, weights, optimizer, rollout, advantages, returns, args, ranks):
+    """K epochs of minibatch steps on the surrogate objective, all samples in each epoch (detail 6).
+
+    A minibatch is what all ranks take together: they average their gradients, and so all make the
+    same step.
+
+    Returns:
+        the mean of every metric over the minibatches and ranks, floats.
+    """
+    obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
+    advantages, returns = advantages.flatten(), returns.flatten()
+    history = []
+    for mb, mean, std in minibatches(advantages, args, ranks):
+        _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs[mb], actions[mb])
+        mb_advantages = advantages[mb]
+        if args.norm_adv:  # detail 7
+            mb_advantages = (mb_advantages - mean) / (std + 1e-8)
+        loss, metrics = ppo_loss(
+            new_logprobs, logprobs[mb], mb_advantages, new_values, values[mb], returns[mb],
+            entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
+        )  # fmt: skip
+        weights.grad.zero_()
+        loss.backward()
+        sums = ranks.sum(torch.cat([weights.grad, torch.stack(list(metrics.values()))]))
+        weights.grad.copy_(sums[: len(weights)] / ranks.size)
+        metrics = dict(zip(metrics, sums[len(weights) :] / ranks.size, strict=True))
+        history.append(metrics)
+        if args.target_kl is not None and metrics["approx_kl"] > 1.5 * args.target_kl:
+            break  # before a step that would lead further away, not after it
+        metrics["grad_norm"] = grad_norm = weights.grad.norm()
+        weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # detail 11
+        optimizer.step()
+
+    return {
+        name: torch.stack([metrics[name] for metrics in history if name in metrics]).mean().item()
+        for name in history[0]
+    }
+
+
+def minibatches(advantages, args, ranks):
+    """Indices of minibatches: each epoch visits every sample once, in an order of its own.
+
+    With each come mean and deviation of its advantages, over all ranks.
+    """
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(advantages), device=advantages.device)
+        batches = order.tensor_split(args.num_minibatches)
+        parts = [advantages[mb].double() for mb in batches]
+        counts = torch.tensor([len(part) for part in parts], device=order.device) * ranks.size
+        means = ranks.sum(torch.stack([part.sum() for part in parts])) / counts
+        squares = [((part - mean) ** 2).sum() for part, mean in zip(parts, means, strict=True)]
+        stds = (ranks.sum(torch.stack(squares)) / (counts - 1)).sqrt()
+        yield from zip(batches, means.float(), stds.float(), strict=True)
+
+
+def train(args: Args) -> dict | None:
+    """PPO, Algorithm 1 of the paper; returns what result.json holds, on rank 0.
+
+    Raises FloatingPointError if a number is not finite, and SystemExit (130 or 143) when SIGINT or
+    SIGTERM ended the run.
+    """
+    torch.set_num_threads(1)  # for networks as small as these, two threads are slower than one
+    torch.manual_seed(args.seed)  # the same weights on all ranks
+    ranks = Ranks(args)
+    device = ranks.device
+    envs = make_vector_env(args)
+    agent = Agent(
+        envs.single_observation_space, envs.single_action_space, args.norm_obs, args.log_std_init
+    ).to(device)
+    weights = flatten_parameters(agent)
+    optimizer = torch.optim.Adam([weights], args.learning_rate, eps=1e-5, fused=True)  # detail 3
+    progress = Progress(num_ranks=ranks.size)
+    if args.resume:
+        progress = load_checkpoint(args.resume, agent, optimizer)
+    if progress.num_ranks != ranks.size and ranks.rank == 0:
+        print(
+            f"the run was one of {progress.num_ranks} processes and goes on with {ranks.size}: "
+            "its batches and environments are others now"
+        )
+    progress.num_ranks = ranks.size
+    next_obs = start_episodes(envs, args, progress.iteration, ranks.rank)
+    discounted = torch.zeros(args.num_envs, dtype=torch.float64, device=device)
+    stop_signal = 0
+
+    closing = contextlib.closing
+    with closing(ranks), closing(envs), closing(RankLog(args, progress, ranks)) as log:
+        while progress.global_step < args.total_timesteps and not stop_signal:
+            started = time.perf_counter()
+            remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate  # detail 4
+            rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
+            progress.iteration += 1
+            progress.global_step += rollout.rewards.numel() * ranks.size
+            problem = None
+            try:
+                check_finite(
+                    progress, observation=rollout.obs, reward=rollout.rewards,
+                    value=rollout.next_values,
+                )  # fmt: skip
+            except FloatingPointError as error:
+                problem = error
+            stop_signal = ranks.agree(problem, log.stop_signal)
+            rewards = rollout.rewards
+            if args.norm_reward:
+                dones = rollout.terminations | rollout.truncations
+                discounted = agent.scale_rewards.update(
+                    rewards, dones, discounted, args.gamma, ranks
+                )
+                rewards = agent.scale_rewards(rewards)
+            advantages, returns = compute_gae(
+                rewards, rollout.values, rollout.next_values,
+                rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda,
+            )  # fmt: skip
+            metrics = update(agent, weights, optimizer, rollout, advantages, returns, args, ranks)
+            check_finite(progress, **metrics, weights=weights)
+            if args.norm_obs:
+                agent.normalize.update(rollout.obs, ranks)
+            progress.learning_seconds += time.perf_counter() - started
+
+            log.write(rollout, returns, metrics, optimizer.param_groups[0]["lr"])
+            if progress.iteration % args.checkpoint_interval == 0:
+                log.save(agent, optimizer)
+                next_obs = start_episodes(envs, args, progress.iteration, ranks.rank)
+                discounted.zero_()
+                log.start_episodes()
+        log.save(agent, optimizer)
+    if ranks.rank > 0:
+        sys.exit(128 + stop_signal if stop_signal else 0)
+    if stop_signal:
+        print(f"stopped; go on with --resume {log.run_dir / 'agent.pt'}")
+        sys.exit(128 + stop_signal)
+    return report(args, agent, log, device)
+
+
+@torch.no_grad()
+def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
+    """Play whole episodes, each in an environment of its own, with seeds that training never uses.
+
+    Args:
+        agent: plays its deterministic actions; None plays random ones.
+        args: for the environment; with `args.render` it is shown, which needs `episodes` = 1.
+        episodes: how many.
+        seed: the same seed gives the same episodes, whatever the agent.
+
+    Returns:
+        the undiscounted sums of the environment's own rewards, float64, (episodes,).
+    """
+    rng = np.random.default_rng(seed)
+    seeds = rng.integers(2**31, 2**32, (2, episodes)).tolist()  # training seeds are below 2**31
+    render_mode = "human" if args.render else None
+    envs = [make_env(args, render_mode, index) for index in range(episodes)]
+    obs = [env.reset(seed=env_seed)[0] for env, env_seed in zip(envs, seeds[0], strict=True)]
+    for env, action_seed in zip(envs, seeds[1], strict=True):
+        env.action_space.seed(action_seed)
+    returns, ended = np.zeros(episodes), np.zeros(episodes, bool)
+    while not ended.all():
+        playing = np.flatnonzero(~ended)
+        actions = choose_actions(
+            agent, [envs[i] for i in playing], [obs[i] for i in playing], device
+        )
+        for i, action in zip(playing, actions, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            ended[i] = terminated or truncated
+    for env in envs:
+        env.close()
+    return returns
+
+
+def choose_actions(agent, envs, obs, device):
+    """One action for each environment: the agent's deterministic one, or a random one."""
+    if agent is None:
+        return [env.action_space.sample() for env in envs]
+    obs = torch.as_tensor(np.stack(obs), dtype=torch.float32, device=device)
+    return agent.get_deterministic_action(obs).numpy(force=True)
+
+
+# From here on all is convenience: checkpoints, logs, plot, GIF. If you copy the algorithm, delete
+# what you don't need, with the lines of `train` that call it.
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    num_ranks: int
+    iteration: int = 0
+    global_step: int = 0
+    learning_seconds: float = 0.0
+    episodes: list = field(default_factory=list)  # (step, return, length), when each ended
+    metrics: list = field(default_factory=list)  # a dict an iteration
+
+
+def check_finite(progress, **numbers):
+    """Raise FloatingPointError if one of the tensors or floats holds nan or infinity."""
+    for name, number in numbers.items():
+        if not torch.as_tensor(number).isfinite().all():
+            raise FloatingPointError(f"{name} is not finite at step {progress.global_step}")
+
+
+def save_checkpoint(path, args, agent, optimizer, progress):
+    """Write all that `--resume` and `load_agent` need, in plain types and tensors.
+
+    It is written beside `path` and moved there, so a kill at any time leaves a whole checkpoint.
+    """
+    checkpoint = {
+        "script": Args.exp_name,
+        "args": dataclasses.asdict(args) | {"evaluate": None, "render": False, "resume": None},
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": dataclasses.asdict(progress),
+    }
+    temporary = path.with_suffix(".tmp")
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path):
+    """What `save_checkpoint` wrote, and its Args; ValueError if `path` is something else."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not a file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+        args = Args(**checkpoint["args"]) if script == Args.exp_name else None
+    except Exception as error:  # torch.load raises many kinds
+        raise ValueError(f"{path} is damaged, or no checkpoint of {Args.exp_name}.py") from error
+    if args is None:
+        raise ValueError(f"{path} is a checkpoint of {script}.py, not of {Args.exp_name}.py")
+    return checkpoint, args
+
+
+def load_checkpoint(path, agent, optimizer):
+    """Give `agent` and `optimizer` their saved state; returns the saved Progress."""
+    checkpoint, _ = read_checkpoint(path)
+    agent.load_state_dict(checkpoint["agent"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return Progress(**checkpoint["progress"])
+
+
+def load_agent(path, device):
+    """The agent of a checkpoint and its Args; ValueError if `path` is not one of this script."""
+    checkpoint, args = read_checkpoint(path)
+    try:
+        env = make_env(args)
+        agent = Agent(env.observation_space, env.action_space, args.norm_obs)
+        env.close()
+        agent.load_state_dict(checkpoint["agent"])
+    except Exception as error:  # the environment is missing, or another than it was
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"{path} does not fit its environment {args.env_id}: {reason}") from error
+    return agent.to(device), args
+
+
+def make_run_dir(args):
+    """A new folder in runs/, named after environment, experiment, seed and time."""
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
+    Path("runs").mkdir(exist_ok=True)
+    for second in itertools.count(int(time.time())):
+        with contextlib.suppress(FileExistsError):  # another run of this second
+            run_dir = Path("runs", f"{name}__{second}")
+            run_dir.mkdir()
+            return run_dir
+
+
+class RunLog:
+    """The run's folder, TensorBoard and progress bar, and the signals that end it.
+
+    `stop_signal` is the SIGINT or SIGTERM that came, so that the loop can end between iterations; a
+    second one ends the process at once.
+    """
+
+    def __init__(self, args, progress):
+        self.args, self.progress, self.stop_signal = args, progress, 0
+        self.started = time.perf_counter()
+        self.run_dir = args.resume.parent if args.resume else make_run_dir(args)
+        print(f"run folder {self.run_dir}")
+        self.writer = SummaryWriter(self.run_dir, purge_step=progress.global_step + 1)
+        rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+        self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|{rows}")
+        batch_size = args.num_envs * args.num_steps
+        total = math.ceil(args.total_timesteps / batch_size) * batch_size
+        self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
+        self.start_episodes()
+        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(self, number, _):
+        self.stop_signal = number
+        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
+        for number in self.handlers:
+            signal.signal(number, signal.SIG_DFL)
+
+    def close(self):
+        self.bar.close()
+        self.writer.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def start_episodes(self):
+        self.returns = np.zeros(self.args.num_envs)
+        self.lengths = np.zeros(self.args.num_envs, int)
+
+    def write(self, rollout, returns, metrics, learning_rate):
+        """Record an iteration: the episodes that ended in it, the means of its metrics."""
+        progress, step = self.progress, self.progress.global_step - rollout.rewards.numel()
+        ends = (rollout.terminations | rollout.truncations).numpy(force=True)
+        for rewards, ended in zip(rollout.rewards.numpy(force=True), ends, strict=True):
+            step += len(rewards)
+            self.returns += rewards
+            self.lengths += 1
+            for i in np.flatnonzero(ended):
+                self.record_episode(step, i)
+            self.returns[ended] = self.lengths[ended] = 0
+        unexplained = (returns - rollout.values).var() / returns.var()
+        metrics = metrics | {"explained_variance": 1 - unexplained.item()}
+        progress.metrics.append(metrics | {"step": step})
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"losses/{name}", value, step)
+        self.writer.add_scalar("charts/learning_rate", learning_rate, step)
+        self.writer.add_scalar("charts/SPS", step / progress.learning_seconds, step)
+        if progress.episodes:
+            mean = np.mean([episode[1] for episode in progress.episodes[-100:]])
+            self.bar.set_postfix_str(f"return {mean:.1f}", refresh=False)
+        self.bar.update(rollout.rewards.numel())
+
+    def record_episode(self, step, i):
+        """Record that an episode ended in environment `i`."""
+        episode_return, length = self.returns[i].item(), self.lengths[i].item()
+        self.progress.episodes.append((step, episode_return, length))
+        self.writer.add_scalar("charts/episodic_return", episode_return, step)
+        self.writer.add_scalar("charts/episodic_length", length, step)
+
+
+class RankLog(RunLog):
+    """The log of a run of several ranks: rank 0 keeps it for all, the others only heed signals."""
+
+    def __init__(self, args, progress, ranks):
+        self.ranks, self.env_ids = ranks, args.env_ids
+        everything = dataclasses.replace(args, num_envs=args.num_envs * ranks.size)
+        if ranks.rank == 0:
+            super().__init__(everything, progress)
+            self.args_to_save = args
+        else:
+            self.stop_signal, self.handlers = 0, {}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.stop)
+
+    def stop(self, number, frame):
+        if self.ranks.size == 1:
+            super().stop(number, frame)
+        else:  # torchrun sends every signal again, and waits half a minute for the end
+            self.stop_signal = number
+
+    def start_episodes(self):
+        if self.ranks.rank == 0:
+            super().start_episodes()
+
+    def record_episode(self, step, i):
+        super().record_episode(step, i)
+        if len(self.env_ids) > 1:
+            num_envs = self.args.num_envs // self.ranks.size
+            env_id = self.env_ids[i % num_envs % len(self.env_ids)]
+            self.writer.add_scalar(f"charts/episodic_return/{env_id}", self.returns[i], step)
+
+    def write(self, rollout, returns, metrics, learning_rate):
+        names = ("rewards", "values", "terminations", "truncations")
+        mine = [getattr(rollout, name).float() for name in names]
+        *everything, returns = self.ranks.gather(torch.stack([*mine, returns]))
+        if self.ranks.rank == 0:
+            rollout = rollout._replace(**dict(zip(names, everything, strict=True)))
+            flags = {name: getattr(rollout, name).bool() for name in names[2:]}
+            super().write(rollout._replace(**flags), returns, metrics, learning_rate)
+
+    def save(self, agent, optimizer):
+        if self.ranks.rank == 0:
+            path = self.run_dir / "agent.pt"
+            save_checkpoint(path, self.args_to_save, agent, optimizer, self.progress)
+
+    def close(self):
+        if self.ranks.rank == 0:
+            super().close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def report(args, agent, log, device):
+    """Compare the trained agent with a random one: print, plot, film, write result.json."""
+    threshold = make_env(args).spec.reward_threshold
+    random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
+    returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
+    result = {
+        "run_dir": str(log.run_dir),
+        "global_step": log.progress.global_step,
+        "learning_seconds": log.progress.learning_seconds,
+        "wall_seconds": time.perf_counter() - log.started,
+        "eval_returns": returns.tolist(),
+        "eval_mean": float(returns.mean()),
+        "eval_std": float(returns.std()),
+        "random_returns": random_returns.tolist(),
+        "threshold": threshold,
+        "solved": None if threshold is None else bool(returns.mean() >= threshold),
+        "args": dataclasses.asdict(args),
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, gym, np)},
+    }
+    (log.run_dir / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
+    try:
+        save_gif(log.run_dir / "agent.gif", args, agent, device)
+    except Exception as error:  # whatever an environment raises that cannot be drawn here
+        print(f"no GIF: {type(error).__name__} {error}")
+    print(summary("random agent", random_returns))
+    print(summary("trained agent", returns, threshold))
+    return result
+
+
+def summary(name, returns, threshold=None):
+    """One line: mean and standard deviation, and whether they reach the threshold."""
+    line = f"{name:13} {returns.mean():6.1f} ± {returns.std():5.1f} over {len(returns)} episodes"
+    if threshold is None:
+        return line
+    verdict = "solved" if returns.mean() >= threshold else "not solved"
+    return f"{line}, {verdict} (threshold {threshold:g})"
+
+
+def save_plot(path, args, progress, threshold):
+    """Draw the return of every episode, and losses, entropy and KL of every iteration."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    names = ["policy_loss", "value_loss", "entropy", "approx_kl"]
+    axes = figure.subplot_mosaic([["return"] * len(names), names], height_ratios=[2, 1])
+    for name in names:
+        steps, values = zip(*[(m["step"], m[name]) for m in progress.metrics], strict=True)
+        axes[name].plot(steps, values)
+    if progress.episodes:
+        steps, returns, _ = np.array(progress.episodes).T
+        window = min(100, len(returns))
+        average = np.convolve(returns, np.full(window, 1 / window), mode="valid")
+        axes["return"].plot(steps, returns, ".", markersize=2, alpha=0.5, label="episode")
+        axes["return"].plot(steps[window - 1 :], average, label=f"mean of {window} episodes")
+    if threshold is not None:
+        axes["return"].axhline(threshold, color="black", linestyle="--", label="threshold")
+    if axes["return"].lines:
+        axes["return"].legend(loc="lower right")
+    for name, axis in axes.items():
+        axis.set(title=name.replace("_", " "), xlabel="environment steps")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.grid(alpha=0.3)
+    axes["return"].set_title(f"{args.env_id}, seed {args.seed}")
+    figure.savefig(path, dpi=100)
+
+
+def save_gif(path, args, agent, device):
+    """Film an episode of the trained agent beside one of a random agent, repeated as needed."""
+    metadata = make_env(args).metadata
+    if "rgb_array" not in metadata.get("render_modes", []):
+        raise ValueError(f"{args.env_id} has no render mode rgb_array")
+    fps = metadata.get("render_fps", 30)
+    every = math.ceil(fps / 25)  # more frames a second would only make the file larger
+    untrained, trained = film(None, args, device, every), film(agent, args, device, every)
+    frames = []
+    for left, right in zip(itertools.cycle(untrained), trained, strict=False):
+        frame = Image.new("RGB", (left.width + right.width, left.height + 16), "white")
+        frame.paste(left, (0, 16))
+        frame.paste(right, (left.width, 16))
+        ImageDraw.Draw(frame).text((4, 2), "random", fill="black")
+        ImageDraw.Draw(frame).text((left.width + 4, 2), "trained", fill="black")
+        frames.append(frame)
+    duration = 1000 * every / fps
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=duration)
+
+
+@torch.no_grad()
+def film(agent, args, device, every):
+    """Every so many-th frame of one episode, at most 250, as small images."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display for this
+    env = make_env(args, "rgb_array")
+    env.action_space.seed(args.seed + 1)
+    obs, _ = env.reset(seed=args.seed)
+    frames = []
+    for step in range(250 * every):
+        if step % every == 0:
+            frames.append(ImageOps.contain(Image.fromarray(env.render()), (300, 300)))
+        (action,) = choose_actions(agent, [env], [obs], device)
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            break
+    env.close()
+    return frames
+
+
+def main() -> None:
+    """Train, go on with a run (--resume), or evaluate a checkpoint (--evaluate)."""
+    args = tyro.cli(Args)
+    try:
+        if path := args.evaluate or args.resume:
+            agent, saved = load_agent(path, "cpu")
+            cuda = args.cuda if args.evaluate else saved.cuda
+            args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
+            for name in ("env_ids", "env_kwargs", "norm_obs"):
+                if getattr(args, name) != getattr(saved, name):
+                    flag = name.replace("_", "-")
+                    raise ValueError(f"--{flag} cannot differ from what {path} was trained with")
+        check_args(args)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    try:
+        if args.render:
+            for seed in range(args.seed, args.seed + args.eval_episodes):
+                print(f"return {evaluate(agent.to(device), args, 1, seed, device).item():.1f}")
+        elif args.evaluate:
+            threshold = make_env(args).spec.reward_threshold
+            returns = evaluate(agent.to(device), args, args.eval_episodes, args.seed, device)
+            print(summary("trained agent", returns, threshold))
+        else:
+            train(args)
+    except (FloatingPointError, MemoryError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
