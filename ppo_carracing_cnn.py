@@ -1195,7 +1195,7 @@ def main() -> None:
                     raise ValueError(f"--{flag} cannot differ from what {path} was trained with")
         check_args(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

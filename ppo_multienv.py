@@ -389,7 +389,9 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
         connection.send(f"{text} ({place.filename}, line {place.lineno})")
 
 
-def start_episodes(envs: gym.vector.VectorEnv, args: Args, iteration: int, rank: int) -> np.ndarray:
+def start_episodes(
+    envs: gym.vector.VectorEnv, args: Args, iteration: int, rank: int = 0
+) -> np.ndarray:
     """Start new episodes, with every random stream seeded by (seed, iteration, rank).
 
     This happens at each scheduled checkpoint too. So a run resumed from one equals a run that was
@@ -565,6 +567,14 @@ class Agent(nn.Module):
         std = self.log_std.exp().expand_as(output)
         return Independent(Normal(output, std, validate_args=False), 1, validate_args=False)
 
+    def sample(self, policy: Categorical | Independent) -> torch.Tensor:
+        """A random action; of nan too, where Categorical.sample would raise an error."""
+        if self.discrete:
+            return (policy.logits + gumbel_noise(policy.logits.shape, policy.logits.device)).argmax(
+                -1
+            )
+        return policy.sample()
+
     def get_value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (...)."""
         return self.critic(self.get_features(obs)).squeeze(-1)
@@ -574,13 +584,18 @@ class Agent(nn.Module):
         features = self.get_features(obs)
         policy = self.get_policy(features)
         if action is None:
-            action = policy.sample()
+            action = self.sample(policy)
         value = self.critic(features).squeeze(-1)
         return action, policy.log_prob(action), policy.entropy(), value
 
     def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The most probable action."""
         return self.get_policy(self.get_features(obs)).mode
+
+
+def gumbel_noise(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Standard Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
+    return -torch.empty(shape, device=device).exponential_().log()
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
@@ -724,7 +739,7 @@ def collect_rollout(agent, envs, next_obs, args, device):
         obs[t] = next_obs
         with torch.inference_mode():
             features = agent.get_features(torch.from_numpy(obs[t]).to(device))
-            actions[t] = agent.get_policy(features).sample().cpu().numpy()
+            actions[t] = agent.sample(agent.get_policy(features)).cpu().numpy()
         next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
         if "final_obs" in infos:  # at least one episode ended
             final_obs.extend(infos["final_obs"][truncations[t]])
@@ -1256,7 +1271,7 @@ def main() -> None:
         check_args(args)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_carracing_cnn"]
+SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_carracing_cnn", "ppo_multienv"]
 
 
 def only(*scripts):
@@ -18,9 +18,9 @@ def only(*scripts):
     return pytest.mark.parametrize("script", scripts, indirect=True)
 
 
-ON_VECTORS = only("ppo_discrete", "ppo_continuous")
+ON_VECTORS = only("ppo_discrete", "ppo_continuous", "ppo_multienv")
 WITH_PENALTY = only("ppo_discrete", "ppo_continuous")
-WITH_WORKERS = only("ppo_continuous", "ppo_carracing_cnn")
+WITH_WORKERS = only("ppo_continuous", "ppo_carracing_cnn", "ppo_multienv")
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
 
@@ -48,6 +48,11 @@ def small(script, in_tmp):
             norm_obs=False, norm_reward=False, gamma=0.98, gae_lambda=0.9, learning_rate=2e-3,
             num_minibatches=4, log_std_init=0.0,
         )  # fmt: skip
+    if script.__name__ == "ppo_multienv":
+        changes = dict(
+            env_ids=("CartPole-v1",), num_workers=0, norm_obs=False, norm_reward=False, gamma=0.98,
+            gae_lambda=0.9, learning_rate=2e-3, num_minibatches=4, ent_coef=0.0,
+        )  # fmt: skip
     return dataclasses.replace(
         script.Args(), num_envs=4, num_steps=16, total_timesteps=512, update_epochs=2,
         checkpoint_interval=3, eval_episodes=3, **changes,
@@ -56,9 +61,16 @@ def small(script, in_tmp):
 
 @pytest.fixture
 def toy(script):
-    """Gives the id of a toy environment, with the kind of actions that the script takes."""
-    kind = "" if script.__name__ == "ppo_discrete" else "Box"
-    return lambda name: f"toy_envs:{name}{kind}-v0"
+    """Gives the settings for a toy environment, with the kind of actions that the script takes."""
+    kind = "Box" if script.__name__ == "ppo_continuous" else ""
+    return lambda name: playing(script, f"toy_envs:{name}{kind}-v0")
+
+
+def playing(script, env_id, *env_kwargs):
+    """The settings by which a script plays this environment."""
+    if script.__name__ == "ppo_multienv":
+        return {"env_ids": (env_id,), "env_kwargs": env_kwargs}
+    return {"env_id": env_id, "env_kwargs": env_kwargs}
 
 
 @pytest.fixture
@@ -82,7 +94,10 @@ def main(script, monkeypatch, capsys):
     """Runs `main` with flags, in this process; returns exit code, standard output and error."""
 
     def main(*flags):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        flags = [str(flag) for flag in flags]
+        if script.__name__ == "ppo_multienv":
+            flags = ["--env-ids" if flag == "--env-id" else flag for flag in flags]
+        monkeypatch.setattr(sys, "argv", [script.__name__, *flags])
         try:
             script.main()
             code = 0

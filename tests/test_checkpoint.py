@@ -91,7 +91,7 @@ def test_failure_while_saving_leaves_the_old_checkpoint(script, checkpoint, monk
     agent, args = script.load_agent(checkpoint, CPU)
     optimizer = torch.optim.Adam(agent.parameters())
     with pytest.raises(OSError, match="No space left"):
-        script.save_checkpoint(checkpoint, args, agent, optimizer, script.Progress(1.0))
+        script.save_checkpoint(checkpoint, args, agent, optimizer, script.Progress(1))
     assert checkpoint.read_bytes() == before
 
 

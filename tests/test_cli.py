@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_VECTORS
+from conftest import ON_VECTORS, playing
 
 pytestmark = ON_VECTORS
 
@@ -18,7 +18,7 @@ def assert_refused(result, in_tmp, *words):
     assert code == 2 and output == ""
     assert errors.count("\n") == 1 and errors.startswith("error: ")
     for word in words:
-        assert word in errors
+        assert word in errors.replace("--env-ids", "--env-id")
     assert list(in_tmp.iterdir()) == []
 
 
@@ -61,6 +61,7 @@ def test_numbers_out_of_range(script, main, in_tmp, flag, value, allowed):
         (("--env-id", "toy_envs:DictObservation-v0"), ("--env-id", "Dict", "Flatten")),
         (("--env-id", "FrozenLake-v1"), ("--env-id FrozenLake-v1", "Discrete(16)", "Box")),
         (("--env-id", "toy_envs:Broken-v0"), ("--env-id", "no track no car")),
+        (("--env-id", "toy_envs:ManyBounds-v0"), ("--env-id", "observes Box", "0.5")),
         (("--env-kwargs", "nonsense"), ("--env-kwargs",)),
         (("--env-kwargs", "gravity=oops("), ("--env-kwargs",)),
         (("--env-kwargs", "no_such_argument=1"), ("no_such_argument",)),
@@ -74,8 +75,11 @@ def test_settings_that_cannot_work(main, in_tmp, flags, words):
 
 
 def test_the_wrong_kind_of_actions(script, main, in_tmp):
-    discrete = script.__name__ == "ppo_discrete"
-    env_id, words = ("Pendulum-v1", "not Discrete") if discrete else ("CartPole-v1", "vectors")
+    env_id, words = {
+        "ppo_discrete": ("Pendulum-v1", "not Discrete"),
+        "ppo_continuous": ("CartPole-v1", "vectors"),
+        "ppo_multienv": ("toy_envs:MatrixActions-v0", "vectors"),
+    }[script.__name__]
     assert_refused(main("--env-id", env_id), in_tmp, f"--env-id {env_id}", words)
 
 
@@ -86,7 +90,7 @@ def test_cuda_without_a_gpu(main, in_tmp):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--no-such-flag", "1"), ("--num-envs", "many"), ("--num-envs", "1e6"), ("--surrogate", "x")],
+    [("--no-such-flag", "1"), ("--num-envs", "many"), ("--num-envs", "1e6"), ("--gamma", "x")],
 )
 def test_what_the_parser_refuses(main, in_tmp, flags):
     code, _, errors = main(*flags)
@@ -108,9 +112,10 @@ def test_one_bad_input_through_the_real_command(script, in_tmp):
         (("--learning-rate", "1e38"), "loss"),
     ],
 )
-def test_not_finite_stops_the_run(main, in_tmp, toy, flags, what):
+def test_not_finite_stops_the_run(script, main, in_tmp, flags, what):
     if flags[0] == "--env-id":
-        flags = (flags[0], toy(flags[1]))
+        kind = "Box" if script.__name__ == "ppo_continuous" else ""
+        flags = (flags[0], f"toy_envs:{flags[1]}{kind}-v0")
     code, output, errors = main(*flags, "--num-envs", 4, "--num-steps", 16)
     assert code == 1 and output.startswith("run folder ") and output.count("\n") == 1
     last = errors.strip().splitlines()[-1]
@@ -128,13 +133,14 @@ def test_run_folder_that_cannot_be_made(main, in_tmp):
 
 def test_two_runs_of_one_second_have_a_folder_each(script, in_tmp):
     assert script.make_run_dir(script.Args()) != script.make_run_dir(script.Args())
-    args = script.Args(exp_name="../a/b", env_id="toy_envs:Toy-v0")
+    args = script.Args(exp_name="../a/b", **playing(script, "toy_envs:Toy-v0"))
     assert script.make_run_dir(args).parent == Path("runs")
     assert len(list(in_tmp.glob("runs/*"))) == 3
 
 
-def test_an_environment_that_cannot_be_drawn_costs_only_the_gif(main, in_tmp, toy):
-    code, output, _ = main("--env-id", toy("Toy"), *QUICK)
+def test_an_environment_that_cannot_be_drawn_costs_only_the_gif(script, main, in_tmp):
+    name = "ToyBox" if script.__name__ == "ppo_continuous" else "Toy"
+    code, output, _ = main("--env-id", f"toy_envs:{name}-v0", *QUICK)
     assert code == 0 and "no GIF" in output and output.splitlines()[-1].startswith("trained agent")
     assert list(in_tmp.glob("runs/*/result.json")) and not list(in_tmp.glob("runs/*/*.gif"))
 
@@ -169,4 +175,4 @@ def test_resume_keeps_the_saved_settings_and_takes_new_ones(main, script, in_tmp
     code, _, errors = main("--resume", path, "--evaluate", path)
     assert code == 2 and "exclude each other" in errors
     code, _, errors = main("--resume", path, "--env-id", "Acrobot-v1")
-    assert code == 2 and "--env-id cannot differ" in errors
+    assert code == 2 and "--env-id cannot differ" in errors.replace("--env-ids", "--env-id")

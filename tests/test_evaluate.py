@@ -20,7 +20,7 @@ def make_agent(script, args):
 
 def test_known_returns(script, small, toy):
     for name, expected in (("Toy", 10), ("Terminating", 7)):
-        args = dataclasses.replace(small, env_id=toy(name), env_kwargs=())
+        args = dataclasses.replace(small, **toy(name))
         for agent in (None, make_agent(script, args)):
             returns = script.evaluate(agent, args, 5, 1, CPU)
             assert returns.dtype == np.float64 and returns.tolist() == [expected] * 5
@@ -53,7 +53,7 @@ def test_seed_fixes_the_episodes(script, small):
 
 def test_random_actions_are_independent_of_the_environment(script, small, toy):
     """Seeded alike, environment and action space would toss the same coins."""
-    args = dataclasses.replace(small, env_id=toy("Guess"), env_kwargs=())
+    args = dataclasses.replace(small, **toy("Guess"))
     returns = script.evaluate(None, args, 400, 1, CPU)
     assert abs(returns.mean() - 5) < 5 * np.sqrt(10 / 4 / 400)
 
@@ -88,7 +88,7 @@ def test_evaluation_seeds_are_never_trained_on(script, small, monkeypatch):
 def test_evaluation_leaves_the_normalizer_alone(script, small):
     args = dataclasses.replace(small, norm_obs=True)
     agent = make_agent(script, args)
-    agent.normalize.update(torch.randn(100, len(agent.normalize.mean)))
+    agent.normalize.mean.copy_(torch.randn(len(agent.normalize.mean)))
     before = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
     script.evaluate(agent, args, 3, 1, CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in agent.state_dict().items())

@@ -26,7 +26,7 @@ def collect(script, args):
 )
 def test_every_transition_is_real(script, small, toy, name, end, flag):
     """Environments that count their steps: no step is missing, doubled or made up."""
-    args = dataclasses.replace(small, env_id=toy(name), env_kwargs=(), num_steps=25)
+    args = dataclasses.replace(small, **toy(name), num_steps=25)
     agent, rollout, next_obs = collect(script, args)
     expected = torch.arange(25).float() % end
     assert torch.equal(rollout.obs[:, :, 1], expected.unsqueeze(1).expand(25, 4))
@@ -72,13 +72,15 @@ def run_update(script, args, monkeypatch, **changes):
 
             monkeypatch.setattr(script, name, spy)
     advantages, returns = torch.randn(2, args.num_steps, args.num_envs)
-    means = script.update(agent, weights, optimizer, rollout, advantages, returns, args, 1.0)
+    last = script.Ranks(args) if script.__name__ == "ppo_multienv" else 1.0
+    means = script.update(agent, weights, optimizer, rollout, advantages, returns, args, last)
     return seen, means, (weights.detach() - before).abs().max().item(), returns, optimizer
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "kl-penalty"])
 def test_ratio_is_one_in_the_first_minibatch(script, small, monkeypatch, surrogate):
-    seen, *_ = run_update(script, small, monkeypatch, surrogate=surrogate, learning_rate=0.01)
+    changes = {"surrogate": surrogate} if hasattr(small, "surrogate") else {}
+    seen, *_ = run_update(script, small, monkeypatch, learning_rate=0.01, **changes)
     (new_logprobs, old_logprobs, *_), metrics = seen[0]
     torch.testing.assert_close(new_logprobs, old_logprobs, rtol=0, atol=1e-6)
     assert metrics["clipfrac"] == 0 and abs(metrics["approx_kl"]) < 1e-6
@@ -141,7 +143,7 @@ def test_gradient_is_clipped(script, small, monkeypatch):
 
 def test_seeds_differ_between_environments_iterations_and_runs(script, small, toy):
     def labels(seed, iteration):
-        args = dataclasses.replace(small, env_id=toy("Toy"), env_kwargs=(), seed=seed, num_envs=8)
+        args = dataclasses.replace(small, **toy("Toy"), seed=seed, num_envs=8)
         envs = script.make_vector_env(args)
         return tuple(script.start_episodes(envs, args, iteration)[:, 0].tolist())
 

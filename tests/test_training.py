@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ON_VECTORS
+from conftest import ON_VECTORS, playing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = ON_VECTORS
@@ -27,7 +27,7 @@ def assert_equal(first, second):
 def test_value_of_endless_reward_is_bootstrapped(script, small, toy, gamma):
     """Reward 1 for ever, cut every 10 steps: V must approach 1 / (1 - gamma), as if never cut."""
     args = dataclasses.replace(
-        small, env_id=toy("Endless"), env_kwargs=(), gamma=gamma, total_timesteps=6000,
+        small, **toy("Endless"), gamma=gamma, total_timesteps=6000,
         learning_rate=0.01,
     )  # fmt: skip
     result = script.train(args)
@@ -39,7 +39,7 @@ def test_value_of_endless_reward_is_bootstrapped(script, small, toy, gamma):
 def test_value_of_terminating_episodes_is_not_bootstrapped(script, small, toy):
     """Reward 1 for 7 steps, then a terminal state: V(t) = 1 + gamma + ... over the rest."""
     args = dataclasses.replace(
-        small, env_id=toy("Terminating"), env_kwargs=(), gamma=0.9, total_timesteps=20_000,
+        small, **toy("Terminating"), gamma=0.9, total_timesteps=20_000,
         norm_obs=True,
     )  # fmt: skip
     result = script.train(args)
@@ -56,7 +56,7 @@ def test_same_seed_same_weights(script, small):
         paths.append(f"{script.train(args)['run_dir']}/agent.pt")
     first, same, other = map(weights_of, paths)
     assert_equal(first, same)
-    assert not torch.equal(first["actor.layers.0.weight"], other["actor.layers.0.weight"])
+    assert not any(torch.equal(first[name], other[name]) for name in first if "weight" in name)
 
 
 @pytest.mark.parametrize("box2d", [False, True])
@@ -64,11 +64,12 @@ def test_same_seed_same_weights(script, small):
 def test_resumed_run_equals_straight_run(script, small, monkeypatch, box2d, changes):
     """Killed after a checkpoint and resumed, a run ends with the weights of one never stopped."""
     if box2d:
-        changes = changes | {"env_id": "LunarLander-v3"}
-    if script.__name__ == "ppo_continuous":
-        changes = changes | {"norm_reward": True}
-        if box2d:
-            changes |= {"env_kwargs": ("continuous=True",), "num_workers": 2}
+        continuous = ("continuous=True",) if script.__name__ == "ppo_continuous" else ()
+        changes = changes | playing(script, "LunarLander-v3", *continuous)
+    if script.__name__ != "ppo_discrete":
+        changes = changes | {"norm_reward": True, "num_workers": 2 if box2d else 0}
+    if script.__name__ == "ppo_multienv":
+        changes.pop("surrogate", None)
     args = dataclasses.replace(small, **changes)
     straight = script.train(args)
     assert straight["global_step"] == 512
@@ -97,17 +98,16 @@ def test_resumed_run_equals_straight_run(script, small, monkeypatch, box2d, chan
     states = [checkpoint["optimizer"]["state"][0] for checkpoint in checkpoints]
     assert_equal(*states)
     ours, theirs = (checkpoint["progress"] for checkpoint in checkpoints)
-    for name in ("iteration", "global_step", "kl_coef", "episodes", "metrics"):
-        assert ours[name] == theirs[name], name
+    assert ours.pop("learning_seconds") != theirs.pop("learning_seconds")
+    assert ours == theirs
 
 
 def test_what_a_run_leaves(script, small, capsys):
-    if script.__name__ == "ppo_discrete":
-        env_id, env_kwargs, threshold = "CartPole-v1", ("sutton_barto_reward=True",), 475
-    else:
-        env_id, env_kwargs, threshold = "LunarLander-v3", ("continuous=True",), 200
-    env_kwargs += ("max_episode_steps=30",)
-    result = script.train(dataclasses.replace(small, env_id=env_id, env_kwargs=env_kwargs))
+    env_id, threshold, env_kwargs = "CartPole-v1", 475, ("sutton_barto_reward=True",)
+    if script.__name__ == "ppo_continuous":
+        env_id, threshold, env_kwargs = "LunarLander-v3", 200, ("continuous=True",)
+    game = playing(script, env_id, *env_kwargs, "max_episode_steps=30")
+    result = script.train(dataclasses.replace(small, **game))
     run_dir = script.Path(result["run_dir"])
     assert run_dir.name.startswith(f"{env_id}__{script.__name__}__1__")
     assert json.loads((run_dir / "result.json").read_text()) == json.loads(
@@ -115,7 +115,7 @@ def test_what_a_run_leaves(script, small, capsys):
     )
     assert result["global_step"] == 512 and len(result["eval_returns"]) == 3
     assert result["threshold"] == threshold and result["solved"] is False
-    if script.__name__ == "ppo_discrete":
+    if env_id == "CartPole-v1":
         assert max(result["eval_returns"]) <= 0, "Sutton and Barto's reward: -1 at the fall, else 0"
     assert result["args"]["num_steps"] == 16 and "torch" in result["versions"]
 
@@ -144,7 +144,7 @@ def test_what_a_run_leaves(script, small, capsys):
 
 def test_episode_statistics_are_right(script, small, toy):
     """7 rewards of 1 an episode, in 4 environments that restart together at every checkpoint."""
-    args = dataclasses.replace(small, env_id=toy("Terminating"), env_kwargs=(), eval_episodes=1)
+    args = dataclasses.replace(small, **toy("Terminating"), eval_episodes=1)
     result = script.train(args)
     progress = torch.load(f"{result['run_dir']}/agent.pt", weights_only=True)["progress"]
     assert all((total, length) == (7.0, 7) for _, total, length in progress["episodes"])

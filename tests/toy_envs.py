@@ -129,6 +129,12 @@ class GloballyRandom(Toy):
         return np.random.random() + random.random()
 
 
+class ManyBounds(Toy):
+    """A space that prints in several lines."""
+
+    observation_space = spaces.Box(-np.arange(40, dtype=np.float32).reshape(1, -1) / 2, 20.0)
+
+
 class Bounds(Toy):
     """Bounds of every kind; the reward is the first action that arrives."""
 
@@ -176,8 +182,13 @@ def with_box_actions(cls):
 for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, Dies, Hangs, GloballyRandom, Bounds, FarTarget,
-    IntegerActions, MatrixActions,
+    IntegerActions, MatrixActions, ManyBounds,
 ):  # fmt: skip
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
     box = with_box_actions(cls)
     gym.register(f"{cls.__name__}Box-v0", entry_point=box, max_episode_steps=10)
+gym.register(
+    "ShortCartPole-v0",
+    entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv",
+    max_episode_steps=20,
+)
