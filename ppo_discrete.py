@@ -929,6 +929,8 @@ def main() -> None:
     try:
         if path := args.evaluate or args.resume:
             agent, saved = load_agent(path, "cpu")
+            if args.resume and not read_checkpoint(path)[0].get("optimizer"):
+                raise ValueError(f"{path} holds no optimiser state: evaluate it, or train anew")
             cuda = args.cuda if args.evaluate else saved.cuda
             args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
             for name in ("env_id", "env_kwargs", "norm_obs"):

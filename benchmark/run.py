@@ -3,8 +3,9 @@
     python benchmark/run.py CartPole-v1        # train its seeds, one after the other
     python benchmark/run.py                    # print the table of all that is recorded
 
-For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json; `agent.pt` and
-`training.png` are those of the seed whose mean return is the median.
+For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json; `agent.pt` (to evaluate,
+not to resume), `training.png` and `agent.gif` are those of the seed whose mean return is the median,
+of two the better one.
 """
 
 import json
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +52,7 @@ ROWS = {
         "--num-steps 256 --num-minibatches 32 --learning-rate 1e-3 --gamma 0.999 "
         "--gae-lambda 0.98 --log-std-init 1.1",
     ),
+    "CarRacing-v3": (range(1, 3), "ppo_carracing_cnn.py"),
 }
 
 
@@ -72,8 +76,15 @@ def train(name):
             (folder / f"seed{seed}.json").write_text(json.dumps(result) + "\n")
             results.append((result["eval_mean"], seed, run_dir))
         _, _, median = sorted(results)[len(results) // 2]
-        for file in ("agent.pt", "training.png", "agent.gif"):
-            shutil.copy(median / file, folder / file)
+        keep(median, folder)
+
+
+def keep(run_dir, folder):
+    """Keep what shows a run: its plot, its GIF, and its checkpoint without what only training needs."""
+    for file in ("training.png", "agent.gif"):
+        shutil.copy(run_dir / file, folder / file)
+    checkpoint = torch.load(run_dir / "agent.pt", weights_only=True)
+    torch.save(checkpoint | {"optimizer": None, "progress": None}, folder / "agent.pt")
 
 
 def table():

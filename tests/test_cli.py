@@ -172,6 +172,11 @@ def test_resume_keeps_the_saved_settings_and_takes_new_ones(main, script, in_tmp
         changed = "--no-norm-obs" if args.norm_obs else "--norm-obs"
         code, _, errors = main(flag, path, changed)
         assert code == 2 and "--norm-obs cannot differ" in errors and errors.count("\n") == 1
+    slim = path.with_name("slim.pt")
+    torch.save(checkpoint | {"optimizer": None}, slim)
+    code, _, errors = main("--resume", slim)
+    assert code == 2 and "slim.pt holds no optimiser state" in errors
+    assert main("--evaluate", slim)[0] == 0
     code, _, errors = main("--resume", path, "--evaluate", path)
     assert code == 2 and "exclude each other" in errors
     code, _, errors = main("--resume", path, "--env-id", "Acrobot-v1")

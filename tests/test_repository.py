@@ -69,7 +69,7 @@ def test_shared_text_is_the_same(first, second):
 
 def test_readme_knows_the_flags():
     readme = (ROOT / "README.md").read_text()
-    known = {"--logdir", "--help"}
+    known = {"--logdir", "--help", "--nproc-per-node"}
     for name in SCRIPTS:
         fields = dataclasses.fields(importlib.import_module(name).Args)
         known |= {f"--{field.name.replace('_', '-')}" for field in fields}
