@@ -3,9 +3,9 @@
     python benchmark/run.py CartPole-v1        # train its seeds, one after the other
     python benchmark/run.py                    # print the table of all that is recorded
 
-For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json; `agent.pt` (to evaluate,
-not to resume), `training.png` and `agent.gif` are those of the seed whose mean return is the median,
-of two the better one.
+For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json. `agent.pt` (to evaluate,
+not to resume), `training.png` and `agent.gif` are those of the seed whose mean return is the
+median, of two the better one.
 """
 
 import json
@@ -80,11 +80,11 @@ def train(name):
 
 
 def keep(run_dir, folder):
-    """Keep what shows a run: its plot, its GIF, and its checkpoint without what only training needs."""
+    """Keep a run's plot, its GIF, and its checkpoint without the state of the optimiser."""
     for file in ("training.png", "agent.gif"):
         shutil.copy(run_dir / file, folder / file)
     checkpoint = torch.load(run_dir / "agent.pt", weights_only=True)
-    torch.save(checkpoint | {"optimizer": None, "progress": None}, folder / "agent.pt")
+    torch.save(checkpoint | {"optimizer": None}, folder / "agent.pt")
 
 
 def table():
