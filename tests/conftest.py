@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_carracing_cnn", "ppo_multienv"]
@@ -23,6 +24,7 @@ WITH_PENALTY = only("ppo_discrete", "ppo_continuous")
 WITH_WORKERS = only("ppo_continuous", "ppo_carracing_cnn", "ppo_multienv")
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
+torch.set_num_threads(1)  # for networks as small as these, more are slower
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -80,7 +82,7 @@ def start(script, in_tmp):
     def start(*flags):
         return subprocess.Popen(
             [sys.executable, ROOT / f"{script.__name__}.py", *flags],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+            env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

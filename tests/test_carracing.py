@@ -342,3 +342,36 @@ def test_interrupt_from_the_keyboard_saves(script, in_tmp):
     assert "Traceback" not in errors
     (saved,) = in_tmp.glob("runs/*/agent.pt")
     script.load_agent(saved, CPU)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+        ),
+    ],
+)
+def test_update_is_the_same_on_every_device(tiny, device):
+    """From one state, over whole batches (minibatches are drawn in another order on a GPU)."""
+    args = dataclasses.replace(tiny, num_minibatches=1, update_epochs=3, num_workers=0)
+    envs = script_module.make_vector_env(args)
+    next_obs = script_module.start_episodes(envs, args, 0)
+    rollout, _ = script_module.collect_rollout(make_agent(), envs, next_obs, args, CPU)
+    advantages, returns = torch.randn(2, args.num_steps, args.num_envs)
+    results = []
+    for place in ("cpu", device):
+        agent = make_agent().to(place)
+        weights = script_module.flatten_parameters(agent)
+        optimizer = torch.optim.Adam([weights], args.learning_rate, eps=1e-5, fused=True)
+        moved = script_module.Rollout(*(tensor.to(place) for tensor in rollout))
+        metrics = script_module.update(
+            agent, weights, optimizer, moved, advantages.to(place), returns.to(place), args
+        )
+        results.append((weights.detach().cpu(), metrics))
+    (first, metrics), (second, same_metrics) = results
+    assert not torch.equal(first, torch.nn.utils.parameters_to_vector(make_agent().parameters()))
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=2e-4)  # Adam's step is 4e-4
+    assert metrics == pytest.approx(same_metrics, rel=1e-2, abs=1e-4)
