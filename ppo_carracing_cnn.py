@@ -156,7 +156,7 @@ def check_args(args: Args) -> None:
     if args.num_envs == args.num_steps == 1:
         raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
     least = {"seed": 0, "num_workers": 0}
-    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1}
+    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "worker_timeout": 1e6}
     most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -433,8 +433,9 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             reward=spaces.Box(-np.inf, np.inf, (), np.float64),
             terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
         )  # fmt: skip
-        memory = create_shared_memory(space, self.num_envs)
-        self.arrays = read_from_shared_memory(space, memory, self.num_envs)
+        # (Kept, because a worker that is spawned, not forked, opens it later.)
+        self.memory = create_shared_memory(space, self.num_envs)
+        self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
         atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
         self.slices = [
@@ -444,7 +445,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         for part in self.slices:
             connection, theirs = multiprocessing.Pipe()
             self.connections.append(connection)
-            inputs = (theirs, self.connections, env_fns, space, memory, part)
+            inputs = (theirs, self.connections, env_fns, space, self.memory, part)
             worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
             worker.start()
             theirs.close()  # so that the connection ends with the worker

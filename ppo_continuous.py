@@ -71,7 +71,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """Train PPO on an environment with continuous actions; the defaults solve BipedalWalker-v3."""
+    """Train PPO on an environment with continuous actions; the defaults suit BipedalWalker-v3."""
 
     exp_name: str = "ppo_continuous"
     """name of the experiment, a part of the run folder's name"""
@@ -84,28 +84,28 @@ class Args:
     """Gymnasium environment; `module:Name-v0` imports the module first"""
     env_kwargs: tuple[str, ...] = ()
     """arguments of the environment, such as `--env-kwargs continuous=True`"""
-    total_timesteps: int = 100_000
+    total_timesteps: int = 5_000_000
     """environment steps to train for, all environments together, rounded up to whole iterations"""
     num_envs: int = 32
     """environments that run side by side (the paper's N)"""
-    num_steps: int = 32
+    num_steps: int = 512
     """steps in each environment per iteration (the paper's T)"""
     num_workers: int | None = None
     """processes that step the environments, 0 for none but this (None: one a core)"""
     worker_timeout: float = 300.0
     """seconds after which a step of the environments that does not end ends the run"""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-4
     """step size of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall to 0, linearly"""
-    gamma: float = 0.98
+    gamma: float = 0.99
     """discount factor"""
-    gae_lambda: float = 0.9
+    gae_lambda: float = 0.95
     """lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 4
+    num_minibatches: int = 64
     """minibatches an epoch; num_envs * num_steps / num_minibatches is the paper's M"""
-    update_epochs: int = 8
+    update_epochs: int = 10
     """epochs an iteration (the paper's K)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
@@ -131,7 +131,7 @@ class Args:
     norm_reward: bool = True
     """scale rewards, in training, by the running deviation of the discounted return"""
     log_std_init: float = 0.0
-    """first logarithm of the actions' standard deviation, where their bounds are -1 and 1"""
+    """first logarithm of the actions' standard deviation; finite bounds count as -1 and 1"""
 
     checkpoint_interval: int = 50
     """iterations between checkpoints, at which all environments start new episodes (so this times
@@ -151,7 +151,13 @@ def check_args(args: Args) -> None:
     if args.num_envs == args.num_steps == 1:
         raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
     least = {"seed": 0, "num_workers": 0, "log_std_init": -20}
-    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "log_std_init": 20}
+    most = {
+        "seed": 2**63 - 1,
+        "gamma": 1,
+        "gae_lambda": 1,
+        "log_std_init": 20,
+        "worker_timeout": 1e6,
+    }
     most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -222,8 +228,10 @@ def scale_actions(env: gym.Env) -> gym.Env:
     has one.
     """
     low, high = env.action_space.low, env.action_space.high
-    bounded = np.isfinite(low) & np.isfinite(high)
-    scale = np.where(bounded, high - low, 2) / 2
+    with np.errstate(over="ignore"):  # bounds as wide as this count as none
+        width = high - low
+    bounded = np.isfinite(width)
+    scale = np.where(bounded, width, 2) / 2
     shift = np.where(bounded, low + scale, 0)
     space = spaces.Box(np.where(bounded, -1, low), np.where(bounded, 1, high), dtype=np.float32)
 
@@ -285,8 +293,9 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             reward=spaces.Box(-np.inf, np.inf, (), np.float64),
             terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
         )  # fmt: skip
-        memory = create_shared_memory(space, self.num_envs)
-        self.arrays = read_from_shared_memory(space, memory, self.num_envs)
+        # (Kept, because a worker that is spawned, not forked, opens it later.)
+        self.memory = create_shared_memory(space, self.num_envs)
+        self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
         atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
         self.slices = [
@@ -296,7 +305,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         for part in self.slices:
             connection, theirs = multiprocessing.Pipe()
             self.connections.append(connection)
-            inputs = (theirs, self.connections, env_fns, space, memory, part)
+            inputs = (theirs, self.connections, env_fns, space, self.memory, part)
             worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
             worker.start()
             theirs.close()  # so that the connection ends with the worker
@@ -408,6 +417,7 @@ class MLP(nn.Module):
 class ObservationNormalizer(nn.Module):
     """Shifts and scales observations to mean 0, variance 1, by the moments of all it was shown.
 
+    What is then beyond 10 is clipped. Training shows it each rollout after having learned from it.
     The moments are buffers: saved, loaded and moved with the agent's weights.
     """
 
@@ -714,8 +724,8 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args, kl_coe
                 entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
             )  # fmt: skip
         else:
-            mb_old_policy = Normal(old_policy.mean[mb], old_policy.stddev[mb])
-            kl = kl_divergence(mb_old_policy, agent.get_policy(obs[mb])).sum(-1)
+            old = Normal(old_policy.mean[mb], old_policy.stddev[mb], validate_args=False)
+            kl = kl_divergence(old, agent.get_policy(obs[mb])).sum(-1)
             loss, metrics = ppo_penalty_loss(
                 new_logprobs, logprobs[mb], mb_advantages, kl, new_values, values[mb], returns[mb],
                 entropy, kl_coef, args.vf_coef, args.ent_coef, args.clip_vloss, args.clip_coef,

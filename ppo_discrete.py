@@ -186,7 +186,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if render_mode:
         kwargs["render_mode"] = render_mode
     env = gym.make(args.env_id, **kwargs)
-    if getattr(env.action_space, "start", 0) != 0:  # let actions count from 0
+    if (
+        isinstance(env.action_space, spaces.Discrete) and env.action_space.start != 0
+    ):  # count from 0
         start, actions = env.action_space.start, spaces.Discrete(env.action_space.n)
         env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
     return env
@@ -243,6 +245,7 @@ class MLP(nn.Module):
 class ObservationNormalizer(nn.Module):
     """Shifts and scales observations to mean 0, variance 1, by the moments of all it was shown.
 
+    What is then beyond 10 is clipped. Training shows it each rollout after having learned from it.
     The moments are buffers: saved, loaded and moved with the agent's weights.
     """
 

@@ -71,7 +71,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """Train PPO with many environments; the defaults solve LunarLander-v3."""
+    """Train PPO with many environments; the defaults suit LunarLander-v3."""
 
     exp_name: str = "ppo_multienv"
     """name of the experiment, a part of the run folder's name"""
@@ -85,11 +85,11 @@ class Args:
     `module:Name-v0` imports the module first"""
     env_kwargs: tuple[str, ...] = ()
     """arguments of the environments, such as `--env-kwargs continuous=True`"""
-    total_timesteps: int = 100_000
+    total_timesteps: int = 2_000_000
     """environment steps to train for, all environments together, rounded up to whole iterations"""
     num_envs: int = 32
     """environments that run side by side in each process of torchrun (the paper's N)"""
-    num_steps: int = 32
+    num_steps: int = 512
     """steps in each environment per iteration (the paper's T)"""
     num_workers: int | None = None
     """processes that step the environments, 0 for none but this (None: one a core)"""
@@ -98,17 +98,18 @@ class Args:
     rank_timeout: float = 600.0
     """seconds after which a process of torchrun that is not heard of ends the run"""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """step size of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall to 0, linearly"""
-    gamma: float = 0.98
+    gamma: float = 0.999
     """discount factor"""
-    gae_lambda: float = 0.9
+    gae_lambda: float = 0.98
     """lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 4
-    """minibatches an epoch; num_envs * num_steps / num_minibatches is the paper's M"""
-    update_epochs: int = 8
+    num_minibatches: int = 32
+    """minibatches an epoch; num_envs * num_steps / num_minibatches, times the number of processes,
+    is the paper's M"""
+    update_epochs: int = 6
     """epochs an iteration (the paper's K)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
@@ -116,7 +117,7 @@ class Args:
     """how far from 1 the ratio of new to old probability pays (the paper's epsilon)"""
     clip_vloss: bool = False
     """clip the value loss too (Engstrom et al. 2020 and Andrychowicz et al. 2021 found no gain)"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.01
     """weight of the entropy bonus (the paper's c_2)"""
     vf_coef: float = 0.5
     """weight of the value loss (the paper's c_1)"""
@@ -129,7 +130,7 @@ class Args:
     norm_reward: bool = True
     """scale rewards, in training, by the running deviation of the discounted return"""
     log_std_init: float = 0.0
-    """first logarithm of the actions' standard deviation, where their bounds are -1 and 1"""
+    """first logarithm of the actions' standard deviation; finite bounds count as -1 and 1"""
 
     checkpoint_interval: int = 50
     """iterations between checkpoints, at which all environments start new episodes (so this times
@@ -141,7 +142,8 @@ class Args:
     render: bool = False
     """with --evaluate: show the episodes in a window"""
     resume: Path | None = None
-    """checkpoint (agent.pt) to go on from; flags given beside it override the saved ones"""
+    """checkpoint (agent.pt) to go on from, which every machine must see; flags given beside it
+    override the saved ones"""
 
     @property
     def env_id(self) -> str:
@@ -154,7 +156,14 @@ def check_args(args: Args) -> None:
     if args.num_envs == args.num_steps == 1:
         raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
     least = {"seed": 0, "num_workers": 0, "log_std_init": -20}
-    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "log_std_init": 20}
+    most = {
+        "seed": 2**63 - 1,
+        "gamma": 1,
+        "gae_lambda": 1,
+        "log_std_init": 20,
+        "worker_timeout": 1e6,
+        "rank_timeout": 1e6,
+    }
     most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -164,6 +173,8 @@ def check_args(args: Args) -> None:
         if not (low <= value <= high and value < math.inf):
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
+    if args.cuda and torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        raise ValueError("--cuda needs a GPU for each process of torchrun; start fewer")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; leave it out")
     if args.render and not args.evaluate:
@@ -220,7 +231,9 @@ def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.
     if render_mode:
         kwargs["render_mode"] = render_mode
     env = gym.make(args.env_ids[index % len(args.env_ids)], **kwargs)
-    if getattr(env.action_space, "start", 0) != 0:  # let actions count from 0
+    if (
+        isinstance(env.action_space, spaces.Discrete) and env.action_space.start != 0
+    ):  # count from 0
         start, actions = env.action_space.start, spaces.Discrete(env.action_space.n)
         env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
     return scale_actions(env) if takes_real_vectors(env) else env
@@ -240,8 +253,10 @@ def scale_actions(env: gym.Env) -> gym.Env:
     has one.
     """
     low, high = env.action_space.low, env.action_space.high
-    bounded = np.isfinite(low) & np.isfinite(high)
-    scale = np.where(bounded, high - low, 2) / 2
+    with np.errstate(over="ignore"):  # bounds as wide as this count as none
+        width = high - low
+    bounded = np.isfinite(width)
+    scale = np.where(bounded, width, 2) / 2
     shift = np.where(bounded, low + scale, 0)
     space = spaces.Box(np.where(bounded, -1, low), np.where(bounded, 1, high), dtype=np.float32)
 
@@ -254,7 +269,9 @@ def scale_actions(env: gym.Env) -> gym.Env:
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     """`args.num_envs` environments that step together (detail 1), in worker processes."""
     env_fns = [functools.partial(make_env, args, None, index) for index in range(args.num_envs)]
-    num_workers = count_cores() if args.num_workers is None else args.num_workers
+    num_workers = args.num_workers
+    if num_workers is None:
+        num_workers = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if num_workers == 0:
         return make_sync_vector_env(env_fns)
     return WorkerVectorEnv(env_fns, num_workers, args.worker_timeout)
@@ -303,8 +320,9 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             reward=spaces.Box(-np.inf, np.inf, (), np.float64),
             terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
         )  # fmt: skip
-        memory = create_shared_memory(space, self.num_envs)
-        self.arrays = read_from_shared_memory(space, memory, self.num_envs)
+        # (Kept, because a worker that is spawned, not forked, opens it later.)
+        self.memory = create_shared_memory(space, self.num_envs)
+        self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
         atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
         self.slices = [
@@ -314,7 +332,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         for part in self.slices:
             connection, theirs = multiprocessing.Pipe()
             self.connections.append(connection)
-            inputs = (theirs, self.connections, env_fns, space, memory, part)
+            inputs = (theirs, self.connections, env_fns, space, self.memory, part)
             worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
             worker.start()
             theirs.close()  # so that the connection ends with the worker
@@ -414,23 +432,29 @@ class Ranks:
 
     def __init__(self, args: Args):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.timeout = datetime.timedelta(seconds=args.rank_timeout)
         self.device = torch.device("cpu")
         if args.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend = "nccl" if args.cuda else "gloo"
-            self.call(dist.init_process_group, backend, timeout=self.timeout)
+            timeout = datetime.timedelta(seconds=args.rank_timeout)
+            backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
+            self.call(dist.init_process_group, backend, timeout=timeout)
 
     def call(self, function, *args, **kwargs):
         """Call a function of torch.distributed."""
         try:
             return function(*args, **kwargs)
-        except RuntimeError as error:
-            seconds = self.timeout.total_seconds()
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
             raise ConnectionError(
-                f"another process of the run is gone, or was not heard of in {seconds:g} s"
+                f"this process of the run hears nothing of another one ({reason})"
             ) from error
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Make the tensor what it is on rank 0."""
+        if self.size > 1:
+            self.call(dist.broadcast, tensor, 0)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, in place of this one."""
@@ -448,7 +472,7 @@ class Ranks:
 
     def agree(self, problem: Exception | None, stop_signal: int) -> int:
         """Raise the problem of this rank, or say that another has one; the signal that any got."""
-        flags = self.gather(torch.tensor([problem is not None, stop_signal], device=self.device))
+        flags = self.gather(torch.tensor([problem is not None, stop_signal]))
         flags = flags.view(self.size, 2)
         if problem is not None:
             raise problem
@@ -471,6 +495,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 class ObservationNormalizer(nn.Module):
     """Shifts and scales observations to mean 0, variance 1, by the moments of all it was shown.
 
+    What is then beyond 10 is clipped. Training shows it each rollout after having learned from it.
     The moments are buffers: saved, loaded and moved with the agent's weights.
     """
 
@@ -824,9 +849,9 @@ def train(args: Args) -> dict | None:
     """
     torch.set_num_threads(1)  # for networks as small as these, two threads are slower than one
     torch.manual_seed(args.seed)  # the same weights on all ranks
+    envs = make_vector_env(args)  # before Ranks: its connections are not for the workers
     ranks = Ranks(args)
     device = ranks.device
-    envs = make_vector_env(args)
     agent = Agent(
         envs.single_observation_space, envs.single_action_space, args.norm_obs, args.log_std_init
     ).to(device)
@@ -841,6 +866,7 @@ def train(args: Args) -> dict | None:
             "its batches and environments are others now"
         )
     progress.num_ranks = ranks.size
+    ranks.broadcast(weights.data)  # other machines may have started from others in the last digit
     next_obs = start_episodes(envs, args, progress.iteration, ranks.rank)
     discounted = torch.zeros(args.num_envs, dtype=torch.float64, device=device)
     stop_signal = 0
@@ -862,7 +888,7 @@ def train(args: Args) -> dict | None:
                 )  # fmt: skip
             except FloatingPointError as error:
                 problem = error
-            stop_signal = ranks.agree(problem, log.stop_signal)
+            ranks.agree(problem, 0)
             rewards = rollout.rewards
             if args.norm_reward:
                 dones = rollout.terminations | rollout.truncations
@@ -886,13 +912,13 @@ def train(args: Args) -> dict | None:
                 next_obs = start_episodes(envs, args, progress.iteration, ranks.rank)
                 discounted.zero_()
                 log.start_episodes()
+            stop_signal = ranks.agree(None, log.stop_signal)
         log.save(agent, optimizer)
-    if ranks.rank > 0:
-        sys.exit(128 + stop_signal if stop_signal else 0)
-    if stop_signal:
+    if stop_signal and ranks.rank == 0:
         print(f"stopped; go on with --resume {log.run_dir / 'agent.pt'}")
+    if stop_signal:
         sys.exit(128 + stop_signal)
-    return report(args, agent, log, device)
+    return report(args, agent, log, device) if ranks.rank == 0 else None
 
 
 @torch.no_grad()
@@ -1117,6 +1143,8 @@ class RankLog(RunLog):
         if self.ranks.size == 1:
             super().stop(number, frame)
         else:  # torchrun sends every signal again, and waits half a minute for the end
+            if self.ranks.rank == 0 and not self.stop_signal:
+                os.write(2, b"\nstopping after this iteration\n")
             self.stop_signal = number
 
     def start_episodes(self):
@@ -1147,8 +1175,9 @@ class RankLog(RunLog):
     def close(self):
         if self.ranks.rank == 0:
             super().close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        else:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
 
 def report(args, agent, log, device):
@@ -1272,7 +1301,7 @@ def main() -> None:
                     raise ValueError(f"--{flag} cannot differ from what {path} was trained with")
         check_args(args)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
     except KeyboardInterrupt:

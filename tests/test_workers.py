@@ -1,6 +1,7 @@
 """Environments in worker processes: the numbers of the in-process ones, and every way to fail."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import time
@@ -93,6 +94,22 @@ def test_failures_are_told(open_workers, env_id, words):
     envs.close()
     assert time.monotonic() - started < 10
     assert not any(worker.is_alive() for worker in envs.workers)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_other_ways_to_start_a_process(script, open_workers, monkeypatch, method):
+    """Those of other systems, and of later versions of Python."""
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(script.multiprocessing, "Process", context.Process)
+    monkeypatch.setattr(script, "create_shared_memory", functools.partial(
+        script.create_shared_memory, ctx=context
+    ))  # fmt: skip
+    envs = open_workers("CartPole-v1")
+    obs, _ = envs.reset(seed=[1, 2, 3, 4, 5])
+    same_obs, _ = script.make_sync_vector_env(
+        [functools.partial(gym.make, "CartPole-v1")] * 5
+    ).reset(seed=[1, 2, 3, 4, 5])
+    assert np.array_equal(obs, same_obs)
 
 
 def test_one_that_hangs_is_told_and_ended(open_workers):
