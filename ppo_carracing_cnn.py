@@ -175,6 +175,7 @@ def check_args(args: Args) -> None:
     if args.evaluate and args.resume:
         raise ValueError("--evaluate and --resume exclude each other")
     try:
+        make_training_env(args).close()
         env = make_env(args, "human" if args.render else None)
         env.reset()
     except Exception as error:  # whatever a user's own environment raises
@@ -364,7 +365,7 @@ def parse_env_kwargs(args: Args) -> dict:
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment as Gymnasium makes it, seen and driven as by the agent."""
-    kwargs = parse_env_kwargs(args) | {"domain_randomize": args.domain_randomize}
+    kwargs = {"domain_randomize": args.domain_randomize} | parse_env_kwargs(args)
     if render_mode:
         kwargs["render_mode"] = render_mode
     return AgentView(gym.make(args.env_id, **kwargs), args)
@@ -372,7 +373,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 def make_training_env(args: Args) -> gym.Env:
     """One environment to train in: drawn on demand, and cut when the car is lost."""
-    kwargs = parse_env_kwargs(args) | {"domain_randomize": args.domain_randomize}
+    kwargs = {"domain_randomize": args.domain_randomize} | parse_env_kwargs(args)
     if args.stock_renderer:
         env = gym.make(args.env_id, **kwargs)
     else:
@@ -471,7 +472,8 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
                 connection.send(message)
         try:
             for connection in self.connections:
-                if not connection.poll(self.timeout):
+                # In halves: that the whole run was stopped for a while (Ctrl-Z) takes only one.
+                if not any(connection.poll(self.timeout / 2) for _ in range(2)):
                     raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
                 if problem := connection.recv():
                     raise ChildProcessError(f"an environment raised {problem}")
@@ -512,12 +514,11 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
                 mine["obs"][:], _ = envs.reset(seed=message)
             connection.send(None)
         envs.close()
-    except (EOFError, ConnectionError):
-        pass  # the main process is gone
     except Exception as error:  # whatever a user's own environment raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"{type(error).__name__} {error}".split())
-        connection.send(f"{text} ({place.filename}, line {place.lineno})")
+        with contextlib.suppress(ConnectionError):  # it was that the main process is gone
+            connection.send(f"{text} ({place.filename}, line {place.lineno})")
 
 
 def start_episodes(envs: gym.vector.VectorEnv, args: Args, iteration: int) -> np.ndarray:
@@ -867,7 +868,7 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
     Args:
         agent: plays its deterministic actions; None plays random ones.
         args: for the environment; with `args.render` it is shown.
-        episodes: how many; one process a core plays them.
+        episodes: how many; one process a core plays them, on the CPU whatever `device` is.
         seed: the same seed gives the same episodes, whatever the agent.
 
     Returns:
@@ -880,10 +881,17 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
     )
     if args.render:
         return np.array([play(pair) for pair in seeds])
-    processes = min(episodes, count_cores())
-    ignore_interrupts = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # this process ends them
-    with multiprocessing.get_context("spawn").Pool(processes, *ignore_interrupts) as pool:
-        return np.array(pool.map(play, seeds, chunksize=1))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the players': this process ends them
+    pool = multiprocessing.get_context("spawn").Pool(min(episodes, count_cores()))
+    signal.signal(signal.SIGINT, handler)
+    players = multiprocessing.active_children()
+    with pool:
+        returns = pool.map_async(play, seeds, chunksize=1)
+        while not returns.ready():
+            returns.wait(1)
+            if any(player.exitcode is not None for player in players):
+                raise ChildProcessError("the process of an episode died")
+        return np.array(returns.get())
 
 
 @torch.no_grad()

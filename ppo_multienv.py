@@ -358,7 +358,8 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
                 connection.send(message)
         try:
             for connection in self.connections:
-                if not connection.poll(self.timeout):
+                # In halves: that the whole run was stopped for a while (Ctrl-Z) takes only one.
+                if not any(connection.poll(self.timeout / 2) for _ in range(2)):
                     raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
                 if problem := connection.recv():
                     raise ChildProcessError(f"an environment raised {problem}")
@@ -399,12 +400,11 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
                 mine["obs"][:], _ = envs.reset(seed=message)
             connection.send(None)
         envs.close()
-    except (EOFError, ConnectionError):
-        pass  # the main process is gone
     except Exception as error:  # whatever a user's own environment raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"{type(error).__name__} {error}".split())
-        connection.send(f"{text} ({place.filename}, line {place.lineno})")
+        with contextlib.suppress(ConnectionError):  # it was that the main process is gone
+            connection.send(f"{text} ({place.filename}, line {place.lineno})")
 
 
 def start_episodes(

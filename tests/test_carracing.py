@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -197,6 +198,7 @@ def test_beta_equals_its_closed_form():
         (("--env-id", "CartPole-v1"), ("--env-id", "CarRacing-v3", "CartPole-v1")),
         (("--env-kwargs", "continuous=False"), ("--env-kwargs", "continuous")),
         (("--env-kwargs", "no_such_argument=1"), ("no_such_argument",)),
+        (("--env-kwargs", "max_episode_steps=-1"), ("--env-id", "max_episode_steps")),
         (("--action-repeat", "0"), ("--action-repeat", "at least 1")),
         (("--reward-scale", "nan"), ("--reward-scale", "at least 0")),
         (("--num-minibatches", "2049"), ("--num-minibatches", "from 1 to 2048")),
@@ -375,3 +377,22 @@ def test_update_is_the_same_on_every_device(tiny, device):
     assert not torch.equal(first, torch.nn.utils.parameters_to_vector(make_agent().parameters()))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=2e-4)  # Adam's step is 4e-4
     assert metrics == pytest.approx(same_metrics, rel=1e-2, abs=1e-4)
+
+
+@ONLY_CARRACING
+def test_death_of_an_episodes_process_is_told(script, in_tmp, start):
+    args = script.Args()
+    agent = make_agent()
+    optimizer = torch.optim.Adam(agent.parameters())
+    script.save_checkpoint(in_tmp / "agent.pt", args, agent, optimizer, script.Progress())
+    process = start("--evaluate", "agent.pt", "--eval-episodes", "100")
+    wait_until(lambda: len(children_of(process.pid)) >= 2, 60)
+    time.sleep(3)
+    players = [
+        pid for pid in children_of(process.pid)
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]  # fmt: skip
+    os.kill(players[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.strip().splitlines()[-1] == "error: the process of an episode died"

@@ -80,6 +80,7 @@ def test_global_random_numbers_follow_from_the_seed(open_workers):
     ("env_id", "words"),
     [
         ("toy_envs:RaisesInStep-v0", "RuntimeError no track no car (.*toy_envs.py, line"),
+        ("toy_envs:LosesItsServer-v0", "ConnectionRefusedError no server (.*toy_envs.py, line"),
         ("toy_envs:Broken-v0", "RuntimeError no track no car (.*toy_envs.py, line"),
         ("toy_envs:Dies-v0", "the process of an environment died"),
     ],

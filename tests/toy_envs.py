@@ -106,6 +106,11 @@ class RaisesInStep(Toy):
         return 1.0
 
 
+class LosesItsServer(Toy):
+    def reward(self, action):
+        raise ConnectionRefusedError("no server")
+
+
 class Dies(Toy):
     """Takes its process with it."""
 
@@ -181,7 +186,8 @@ def with_box_actions(cls):
 
 for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
-    CountsFromFive, Broken, RaisesInStep, Dies, Hangs, GloballyRandom, Bounds, FarTarget,
+    CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
+    FarTarget,
     IntegerActions, MatrixActions, ManyBounds,
 ):  # fmt: skip
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
