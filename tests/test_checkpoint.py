@@ -95,7 +95,9 @@ def test_failure_while_saving_leaves_the_old_checkpoint(script, checkpoint, monk
     assert checkpoint.read_bytes() == before
 
 
-QUICK = ("--num-envs", "4", "--num-steps", "16", "--eval-episodes", "3")
+QUICK = (
+    "--num-envs", "4", "--num-steps", "16", "--eval-episodes", "3", "--num-minibatches", "4",
+)  # fmt: skip
 ENDLESS = (*QUICK, "--total-timesteps", "100000000", "--checkpoint-interval", "1")
 
 
@@ -157,7 +159,7 @@ def test_signal_saves_and_ends_the_run(script, in_tmp, start, number, code):
 
 
 def test_second_signal_ends_at_once(script, in_tmp, start):
-    process = start(*QUICK[:2], "--num-steps", "500000", "--total-timesteps", "100000000")
+    process = start("--num-envs", "4", "--num-steps", "500000", "--total-timesteps", "100000000")
     while not list(in_tmp.glob("runs/*/events*")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)

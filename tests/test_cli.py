@@ -116,7 +116,7 @@ def test_not_finite_stops_the_run(script, main, in_tmp, flags, what):
     if flags[0] == "--env-id":
         kind = "Box" if script.__name__ == "ppo_continuous" else ""
         flags = (flags[0], f"toy_envs:{flags[1]}{kind}-v0")
-    code, output, errors = main(*flags, "--num-envs", 4, "--num-steps", 16)
+    code, output, errors = main(*flags, "--num-envs", 4, "--num-steps", 16, "--num-minibatches", 4)
     assert code == 1 and output.startswith("run folder ") and output.count("\n") == 1
     last = errors.strip().splitlines()[-1]
     assert last.startswith("error: ") and what in last and "not finite at step " in last
@@ -145,7 +145,10 @@ def test_an_environment_that_cannot_be_drawn_costs_only_the_gif(script, main, in
     assert list(in_tmp.glob("runs/*/result.json")) and not list(in_tmp.glob("runs/*/*.gif"))
 
 
-QUICK = ("--num-envs", 4, "--num-steps", 16, "--total-timesteps", 256, "--eval-episodes", 2)
+QUICK = (
+    "--num-envs", 4, "--num-steps", 16, "--total-timesteps", 256, "--eval-episodes", 2,
+    "--num-minibatches", 4,
+)  # fmt: skip
 
 
 def test_evaluate_repeats_the_result(main, in_tmp):
