@@ -778,7 +778,7 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args):
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
-    # To allocate a minibatch's 38 MB of floats each time would take a third of the update's time.
+    # To allocate a minibatch's 38 MB of floats each time would take a quarter of the update's time.
     largest = math.ceil(len(obs) / args.num_minibatches)
     pixels = torch.empty(largest, *obs.shape[1:], device=obs.device)
     history = []

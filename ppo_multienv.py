@@ -92,7 +92,8 @@ class Args:
     num_steps: int = 512
     """steps in each environment per iteration (the paper's T)"""
     num_workers: int | None = None
-    """processes that step the environments, 0 for none but this (None: one a core)"""
+    """processes that step the environments, 0 for none but this (None: one a core, which the
+    processes of torchrun share)"""
     worker_timeout: float = 300.0
     """seconds after which a step of the environments that does not end ends the run"""
     rank_timeout: float = 600.0
