@@ -8,6 +8,7 @@ terminations, so that nothing is bootstrapped there; all else is the same.
 """
 
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -37,7 +38,8 @@ def main():
         ppo_continuous.compute_gae = function
         for seed in seeds:
             flags = [*shlex.split(command)[1:], "--seed", str(seed)]
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            quiet = io.StringIO()
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
                 result = ppo_continuous.train(tyro.cli(ppo_continuous.Args, args=flags))
             mean, std = result["eval_mean"], result["eval_std"]
             print(f"time limit {name:16} seed {seed}: {mean:7.1f} ± {std:5.1f}", flush=True)
