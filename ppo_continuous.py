@@ -1008,13 +1008,15 @@ class RunLog:
             self.returns[ended] = self.lengths[ended] = 0
         unexplained = (returns - rollout.values).var() / returns.var()
         metrics = metrics | {"explained_variance": 1 - unexplained.item()}
-        progress.metrics.append(metrics | {"step": step})
+        last = [episode[1] for episode in progress.episodes[-100:]]
+        mean = float(np.mean(last)) if last else None
+        point = {"step": step, "seconds": progress.learning_seconds, "episodic_return": mean}
+        progress.metrics.append(metrics | point)
         for name, value in metrics.items():
             self.writer.add_scalar(f"losses/{name}", value, step)
         self.writer.add_scalar("charts/learning_rate", learning_rate, step)
         self.writer.add_scalar("charts/SPS", step / progress.learning_seconds, step)
-        if progress.episodes:
-            mean = np.mean([episode[1] for episode in progress.episodes[-100:]])
+        if last:
             self.bar.set_postfix_str(f"return {mean:.1f}", refresh=False)
         self.bar.update(rollout.rewards.numel())
 
@@ -1042,6 +1044,10 @@ def report(args, agent, log, device):
         "random_returns": random_returns.tolist(),
         "threshold": threshold,
         "solved": None if threshold is None else bool(returns.mean() >= threshold),
+        "curve": {
+            name: [point[name] for point in log.progress.metrics]
+            for name in ("step", "seconds", "episodic_return")
+        },
         "args": dataclasses.asdict(args),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, gym, np)},

@@ -99,6 +99,8 @@ def test_resumed_run_equals_straight_run(script, small, monkeypatch, box2d, chan
     assert_equal(*states)
     ours, theirs = (checkpoint["progress"] for checkpoint in checkpoints)
     assert ours.pop("learning_seconds") != theirs.pop("learning_seconds")
+    for point in (*ours["metrics"], *theirs["metrics"]):
+        del point["seconds"]
     assert ours == theirs
 
 
@@ -136,6 +138,13 @@ def test_what_a_run_leaves(script, small, capsys):
     expected = [small.learning_rate * (1 - i / 8) for i in range(8)]
     assert rates == pytest.approx(expected)
     assert [event.step for event in events.Scalars("losses/entropy")] == list(range(64, 513, 64))
+
+    curve = result["curve"]
+    assert curve["step"] == list(range(64, 513, 64))
+    assert curve["seconds"] == sorted(curve["seconds"])
+    assert curve["seconds"][-1] == result["learning_seconds"]
+    last = [event.value for event in events.Scalars("charts/episodic_return")][-100:]
+    assert curve["episodic_return"][-1] == pytest.approx(sum(last) / len(last))
 
     gif = script.Image.open(run_dir / "agent.gif")
     assert gif.n_frames > 1 and gif.width == 600
