@@ -463,6 +463,10 @@ class Ranks:
             self.call(dist.all_reduce, tensor)
         return tensor
 
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of all ranks' tensors, in place of this one."""
+        return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All ranks' tensors, one behind the other in the last dimension."""
         if self.size == 1:
@@ -808,22 +812,22 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args, ranks)
             new_logprobs, logprobs[mb], mb_advantages, new_values, values[mb], returns[mb],
             entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
         )  # fmt: skip
+        history.append(metrics)
+        if args.target_kl is not None:
+            if ranks.mean(metrics["approx_kl"]) > 1.5 * args.target_kl:
+                break  # before a step that would lead further away, not after it
         weights.grad.zero_()
         loss.backward()
-        sums = ranks.sum(torch.cat([weights.grad, torch.stack(list(metrics.values()))]))
-        weights.grad.copy_(sums[: len(weights)] / ranks.size)
-        metrics = dict(zip(metrics, sums[len(weights) :] / ranks.size, strict=True))
-        history.append(metrics)
-        if args.target_kl is not None and metrics["approx_kl"] > 1.5 * args.target_kl:
-            break  # before a step that would lead further away, not after it
+        ranks.mean(weights.grad)
         metrics["grad_norm"] = grad_norm = weights.grad.norm()
         weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # detail 11
         optimizer.step()
 
-    return {
-        name: torch.stack([metrics[name] for metrics in history if name in metrics]).mean().item()
+    means = {
+        name: torch.stack([metrics[name] for metrics in history if name in metrics]).mean()
         for name in history[0]
     }
+    return {name: ranks.mean(mean).item() for name, mean in means.items()}
 
 
 def minibatches(advantages, args, ranks):

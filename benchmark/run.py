@@ -1,7 +1,7 @@
 """Remake the recorded results: train every seed of an environment, keep what came out.
 
     python benchmark/run.py CartPole-v1        # train its seeds, one after the other
-    python benchmark/run.py                    # print the table of all that is recorded
+    python benchmark/run.py                    # print the table and draw the curves of all records
 
 For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json. `agent.pt` (to evaluate,
 not to resume), `training.png` and `agent.gif` are those of the seed whose mean return is the
@@ -9,6 +9,7 @@ median, of two the better one.
 """
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,7 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +56,15 @@ ROWS = {
         "--num-steps 256 --num-minibatches 32 --learning-rate 1e-3 --gamma 0.999 "
         "--gae-lambda 0.98 --log-std-init 1.1",
     ),
+    "LunarLanderContinuous": (
+        range(1, 4),
+        "ppo_continuous.py --env-id LunarLander-v3 --env-kwargs continuous=True "
+        "--total-timesteps 2000000 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
+        "--gamma 0.999 --gae-lambda 0.98",
+    ),
+    "BipedalWalker-v3": (range(1, 4), "ppo_continuous.py"),
     "CarRacing-v3": (range(1, 3), "ppo_carracing_cnn.py"),
+    "LunarLander-v3-multienv": (range(1, 4), "ppo_multienv.py"),
 }
 
 
@@ -87,22 +99,59 @@ def keep(run_dir, folder):
     torch.save(checkpoint | {"optimizer": None}, folder / "agent.pt")
 
 
+def records():
+    """The results of every row all of whose seeds are recorded, by its name."""
+    rows = {}
+    for name, (seeds, _) in ROWS.items():
+        files = [ROOT / "benchmark" / name / f"seed{seed}.json" for seed in seeds]
+        if all(file.exists() for file in files):
+            rows[name] = [json.loads(file.read_text()) for file in files]
+    return rows
+
+
 def table():
     """Print a row for every environment that has records."""
     print("| environment | mean ± std of each seed | steps | learning | all | command |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, (seeds, command) in ROWS.items():
-        files = [ROOT / "benchmark" / name / f"seed{seed}.json" for seed in seeds]
-        if not all(file.exists() for file in files):
-            continue
-        results = [json.loads(file.read_text()) for file in files]
+    for name, results in records().items():
         means = ", ".join(f"{r['eval_mean']:.1f} ± {r['eval_std']:.1f}" for r in results)
         learning, wall = (
             f"{min(r[key] for r in results):.0f} to {max(r[key] for r in results):.0f} s"
             for key in ("learning_seconds", "wall_seconds")
         )
         step = f"{results[0]['global_step']:,}"
-        print(f"| {name} | {means} | {step} | {learning} | {wall} | `python {command}` |")
+        print(f"| {name} | {means} | {step} | {learning} | {wall} | `python {ROWS[name][1]}` |")
+
+
+def draw_curves(path):
+    """Draw training's return over steps and over seconds: mean and range over the seeds."""
+    rows = records()
+    lines = math.ceil(len(rows) / 2)
+    figure = Figure(figsize=(18, 3 * lines), layout="constrained")
+    grid = figure.subplots(lines, 4, squeeze=False).reshape(-1, 2)
+    for axes, (name, results) in zip(grid, rows.items(), strict=False):
+        for axis, key in zip(axes, ("step", "seconds"), strict=True):
+            curves = [result["curve"] for result in results]
+            # From where each seed has ended an episode, to where each still runs.
+            started = [[y is not None for y in curve["episodic_return"]] for curve in curves]
+            starts = [curve[key][on.index(True)] for curve, on in zip(curves, started, strict=True)]
+            x = np.linspace(max(starts), min(curve[key][-1] for curve in curves), 300)
+            returns = np.stack(
+                [
+                    np.interp(x, np.array(curve[key])[on], np.array(curve["episodic_return"])[on])
+                    for curve, on in zip(curves, started, strict=True)
+                ]
+            ).astype(float)
+            axis.fill_between(x, returns.min(0), returns.max(0), alpha=0.3)
+            axis.plot(x, returns.mean(0))
+            if results[0]["threshold"] is not None:
+                axis.axhline(results[0]["threshold"], color="black", linestyle="--")
+            axis.set(title=f"{name}, {len(results)} seeds", xlabel=key)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.grid(alpha=0.3)
+        axes[0].set(xlabel="environment steps", ylabel="return, last 100 episodes")
+        axes[1].set(xlabel="seconds of learning")
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
@@ -111,3 +160,4 @@ if __name__ == "__main__":
     for row in sys.argv[1:]:
         train(row)
     table()
+    draw_curves(ROOT / "benchmark" / "curves.png")
