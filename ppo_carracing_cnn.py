@@ -30,6 +30,7 @@ The comments cite
     asymmetric   Pinto et al. 2018, Asymmetric Actor Critic for Image-Based Robot Learning, RSS
     detail 1-13  Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
                  ICLR blog track: the thirteen that concern every PPO
+    Atari 1-9    there, the nine for learning from pixels
 """
 
 import ast
@@ -298,7 +299,7 @@ def draw_score(text: str) -> pygame.Surface:
 
 
 class AgentView(gym.Wrapper):
-    """What the agent sees and does.
+    """What the agent sees and does (Atari 2, 5, 7).
 
     Observations are uint8, (97, 96, frame_stack): the last gray frames, and below them a row that
     says how much of the lap is done, from 0 to 255, for the critic alone (asymmetric). Actions are
@@ -543,7 +544,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 class Agent(nn.Module):
-    """The policy pi(a|s) and the value V(s), two heads on one body (detail 13).
+    """The policy pi(a|s) and the value V(s), two heads on one body (detail 13, Atari 8).
 
     Observations are (batch, 97, 96, frame_stack), of AgentView; actions (batch, 2), in (0, 1). The
     policy sees the frames alone. The critic, which only training needs, also knows how much of the
@@ -576,7 +577,7 @@ class Agent(nn.Module):
         """What both heads work on: (batch, 1600). The windows of `first` end above the last row."""
         # With the channels last in memory, convolutions take half the time on a CPU.
         pixels = obs.float().permute(0, 3, 1, 2)
-        # Pixels are scaled to [0, 1] by way of the weights: dividing them takes as long as this.
+        # Pixels are scaled to [0, 1] (Atari 9) by way of the weights: dividing them takes as long.
         first = self.first
         return self.body(F.conv2d(pixels, first.weight / 255, first.bias, first.stride))
 
@@ -668,7 +669,7 @@ def ppo_loss(
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_objective = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     value_loss = compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss)
-    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9
+    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9, detail 10
     return loss, loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef)
 
 

@@ -417,8 +417,8 @@ class MLP(nn.Module):
 class ObservationNormalizer(nn.Module):
     """Shifts and scales observations to mean 0, variance 1, by the moments of all it was shown.
 
-    What is then beyond 10 is clipped. Training shows it each rollout after having learned from it.
-    The moments are buffers: saved, loaded and moved with the agent's weights.
+    What is then beyond 10 is clipped (cont. 6, 7). Training shows it each rollout after having
+    learned from it. The moments are buffers: saved, loaded and moved with the agent's weights.
     """
 
     def __init__(self, obs_dim: int):
@@ -568,7 +568,7 @@ def ppo_loss(
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     policy_objective = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     value_loss = compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss)
-    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9
+    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9, detail 10
     return loss, loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef)
 
 
@@ -588,7 +588,7 @@ def ppo_penalty_loss(
     # Eq. 8: L^KLPEN = E[r_t A_t - beta KL(pi_old || pi)].
     policy_objective = (log_ratio.exp() * advantages).mean() - kl_coef * kl.mean()
     value_loss = compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss)
-    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9
+    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9, detail 10
     return loss, loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef)
 
 
