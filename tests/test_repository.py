@@ -76,7 +76,17 @@ def test_readme_knows_the_flags():
         known |= {f"--no-{field.name.replace('_', '-')}" for field in fields}
     assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= known
     for path in re.findall(r"\]\(([^):]+)\)|src=\"([^\"]+)\"|(benchmark/\S+\.\w+)", readme):
-        assert (ROOT / "".join(path)).exists(), path
+        assert (ROOT / "".join(path).partition("#")[0]).exists(), path
+
+
+def test_readme_links_lead_to_what_they_name():
+    readme = (ROOT / "README.md").read_text()
+    links = re.findall(r"\[`([^`]+)`\]\(([\w/]+\.py)#L(\d+)\)", readme)
+    assert len(links) == readme.count(".py#L") > 50
+    for text, path, number in links:
+        lines = (ROOT / path).read_text().splitlines()
+        there = [i for i, line in enumerate(lines, 1) if text in line]
+        assert int(number) in there, f"{path}: `{text}` is in lines {there}, not {number}"
 
 
 def test_readme_gives_the_defaults():
