@@ -826,7 +826,7 @@ class RunLog:
 
 def report(args, agent, log, device):
     """Compare the trained agent with a random one: print, plot, film, write result.json."""
-    threshold = make_env(args).spec.reward_threshold
+    threshold = reward_threshold(args)
     random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
     returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
     result = {
@@ -857,6 +857,11 @@ def report(args, agent, log, device):
     print(summary("random agent", random_returns))
     print(summary("trained agent", returns, threshold))
     return result
+
+
+def reward_threshold(args):
+    """The return from which the environment counts as solved, or None."""
+    return make_env(args).spec.reward_threshold
 
 
 def summary(name, returns, threshold=None):
@@ -959,7 +964,7 @@ def main() -> None:
             for seed in range(args.seed, args.seed + args.eval_episodes):
                 print(f"return {evaluate(agent.to(device), args, 1, seed, device).item():.1f}")
         elif args.evaluate:
-            threshold = make_env(args).spec.reward_threshold
+            threshold = reward_threshold(args)
             returns = evaluate(agent.to(device), args, args.eval_episodes, args.seed, device)
             print(summary("trained agent", returns, threshold))
         else:

@@ -923,7 +923,11 @@ def train(args: Args) -> dict | None:
         print(f"stopped; go on with --resume {log.run_dir / 'agent.pt'}")
     if stop_signal:
         sys.exit(128 + stop_signal)
-    return report(args, agent, log, device) if ranks.rank == 0 else None
+    if ranks.rank > 0:
+        return None
+    result = report(args, agent, log, device)
+    print_each(args, np.array(result["eval_returns"]))
+    return result
 
 
 @torch.no_grad()
@@ -1189,7 +1193,7 @@ class RankLog(RunLog):
 
 def report(args, agent, log, device):
     """Compare the trained agent with a random one: print, plot, film, write result.json."""
-    threshold = make_env(args).spec.reward_threshold
+    threshold = reward_threshold(args)
     random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
     returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
     result = {
@@ -1220,6 +1224,19 @@ def report(args, agent, log, device):
     print(summary("random agent", random_returns))
     print(summary("trained agent", returns, threshold))
     return result
+
+
+def reward_threshold(args):
+    """The return from which the environment counts as solved, or None; None for several."""
+    return make_env(args).spec.reward_threshold if len(args.env_ids) == 1 else None
+
+
+def print_each(args, returns):
+    """With several environments, which are evaluated in turns: a line for each."""
+    several = len(args.env_ids)
+    for i, env_id in enumerate(args.env_ids if 1 < several <= len(returns) else ()):
+        alone = dataclasses.replace(args, env_ids=(env_id,))
+        print(summary(env_id, returns[i::several], reward_threshold(alone)))
 
 
 def summary(name, returns, threshold=None):
@@ -1320,12 +1337,15 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda else "cpu")
     try:
         if args.render:
-            for seed in range(args.seed, args.seed + args.eval_episodes):
-                print(f"return {evaluate(agent.to(device), args, 1, seed, device).item():.1f}")
+            seeds = range(args.seed, args.seed + args.eval_episodes)
+            for env_id, seed in zip(itertools.cycle(args.env_ids), seeds, strict=False):
+                alone = dataclasses.replace(args, env_ids=(env_id,))
+                print(f"return {evaluate(agent.to(device), alone, 1, seed, device).item():.1f}")
         elif args.evaluate:
-            threshold = make_env(args).spec.reward_threshold
+            threshold = reward_threshold(args)
             returns = evaluate(agent.to(device), args, args.eval_episodes, args.seed, device)
             print(summary("trained agent", returns, threshold))
+            print_each(args, returns)
         else:
             train(args)
     except (FloatingPointError, MemoryError, OSError) as error:

@@ -258,7 +258,7 @@ def test_not_a_number_on_one_rank_stops_all(in_tmp):
     assert not list(in_tmp.glob("runs/*/agent.pt"))
 
 
-def test_several_environments_in_one_run(in_tmp):
+def test_several_environments_in_one_run(in_tmp, capsys):
     """CartPole beside a copy of it that ends after 20 steps, each with its returns."""
     games = ("CartPole-v1", "toy_envs:ShortCartPole-v0")
     result = ppo_multienv.train(
@@ -283,6 +283,11 @@ def test_several_environments_in_one_run(in_tmp):
     assert max(short) <= 20 < max(long)
     assert len(events.Scalars("charts/episodic_return")) == len(short) + len(long)
     assert max(result["eval_returns"][1::2]) <= 20, "they are evaluated in turns"
+    assert result["threshold"] is result["solved"] is None
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, game, turn in zip(lines, games, (0, 1), strict=True):
+        mean = sum(result["eval_returns"][turn::2]) / 2
+        assert line.split()[:2] == [game, f"{mean:.1f}"]
     agent, args = ppo_multienv.load_agent(f"{result['run_dir']}/agent.pt", "cpu")
     assert args.env_ids == games and agent.discrete
 

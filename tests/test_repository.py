@@ -43,7 +43,7 @@ def test_every_flag_is_explained(main, script):
 
 VARIANTS = {  # what may differ between scripts; all else of one name is of one text
     "Args", "Agent", "Rollout", "check_args", "make_env", "make_vector_env", "collect_rollout",
-    "update", "train", "evaluate", "Progress", "load_agent", "main",
+    "update", "train", "evaluate", "Progress", "load_agent", "reward_threshold", "main",
 }  # fmt: skip
 ALL_RANKS = {"ObservationNormalizer", "RewardScaler", "minibatches", "start_episodes"}
 
