@@ -435,7 +435,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             reward=spaces.Box(-np.inf, np.inf, (), np.float64),
             terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
         )  # fmt: skip
-        # (Kept, because a worker that is spawned, not forked, opens it later.)
+        # An attribute, so that it lives until a worker that is spawned, not forked, opens it.
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
@@ -473,7 +473,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
                 connection.send(message)
         try:
             for connection in self.connections:
-                # In halves: that the whole run was stopped for a while (Ctrl-Z) takes only one.
+                # In two halves: time for which all was suspended (Ctrl-Z) uses up only one.
                 if not any(connection.poll(self.timeout / 2) for _ in range(2)):
                     raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
                 if problem := connection.recv():
@@ -1119,7 +1119,7 @@ def report(args, agent, log, device):
 
 def reward_threshold(args):
     """The return from which the environment counts as solved, or None."""
-    return make_env(args).spec.reward_threshold
+    return getattr(make_env(args).spec, "reward_threshold", None)
 
 
 def summary(name, returns, threshold=None):

@@ -187,9 +187,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if render_mode:
         kwargs["render_mode"] = render_mode
     env = gym.make(args.env_id, **kwargs)
-    if (
-        isinstance(env.action_space, spaces.Discrete) and env.action_space.start != 0
-    ):  # count from 0
+    if isinstance(env.action_space, spaces.Discrete) and env.action_space.start != 0:
+        # The agent counts actions from 0.
         start, actions = env.action_space.start, spaces.Discrete(env.action_space.n)
         env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
     return env
@@ -861,7 +860,7 @@ def report(args, agent, log, device):
 
 def reward_threshold(args):
     """The return from which the environment counts as solved, or None."""
-    return make_env(args).spec.reward_threshold
+    return getattr(make_env(args).spec, "reward_threshold", None)
 
 
 def summary(name, returns, threshold=None):

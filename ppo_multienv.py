@@ -27,7 +27,7 @@ The comments cite
     time limits  Pardo et al. 2018, Time Limits in Reinforcement Learning, arXiv:1712.00378
     detail 1-13  Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
                  ICLR blog track: the thirteen that concern every PPO
-    cont. 1-9    there, the nine for continuous actions
+    cont. 1-9    there, the nine for continuous actions (all but 4, separate networks)
 """
 
 import ast
@@ -81,7 +81,7 @@ class Args:
     """compute on the GPU (for networks as small as these, the CPU is faster)"""
 
     env_ids: tuple[str, ...] = ("LunarLander-v3",)
-    """Gymnasium environments with equal spaces, each played by an equal part of `num_envs`;
+    """Gymnasium environments with equal spaces, each which take turns among the `num_envs`;
     `module:Name-v0` imports the module first"""
     env_kwargs: tuple[str, ...] = ()
     """arguments of the environments, such as `--env-kwargs continuous=True`"""
@@ -174,10 +174,10 @@ def check_args(args: Args) -> None:
         if not (low <= value <= high and value < math.inf):
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
-    if args.cuda and torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        raise ValueError("--cuda needs a GPU for each process of torchrun; start fewer")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; leave it out")
+    if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise ValueError("--cuda needs a GPU for each process of torchrun; start fewer")
     if args.render and not args.evaluate:
         raise ValueError("--render needs --evaluate PATH")
     if args.evaluate and args.resume:
@@ -227,14 +227,13 @@ def parse_env_kwargs(args: Args) -> dict:
 
 
 def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.Env:
-    """One environment: that of `env_ids` whose turn it is, in steps of `index`."""
+    """Environment number `index`; they take turns through `env_ids`."""
     kwargs = parse_env_kwargs(args)
     if render_mode:
         kwargs["render_mode"] = render_mode
     env = gym.make(args.env_ids[index % len(args.env_ids)], **kwargs)
-    if (
-        isinstance(env.action_space, spaces.Discrete) and env.action_space.start != 0
-    ):  # count from 0
+    if isinstance(env.action_space, spaces.Discrete) and env.action_space.start != 0:
+        # The agent counts actions from 0.
         start, actions = env.action_space.start, spaces.Discrete(env.action_space.n)
         env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
     return scale_actions(env) if takes_real_vectors(env) else env
@@ -321,7 +320,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             reward=spaces.Box(-np.inf, np.inf, (), np.float64),
             terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
         )  # fmt: skip
-        # (Kept, because a worker that is spawned, not forked, opens it later.)
+        # An attribute, so that it lives until a worker that is spawned, not forked, opens it.
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
@@ -359,7 +358,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
                 connection.send(message)
         try:
             for connection in self.connections:
-                # In halves: that the whole run was stopped for a while (Ctrl-Z) takes only one.
+                # In two halves: time for which all was suspended (Ctrl-Z) uses up only one.
                 if not any(connection.poll(self.timeout / 2) for _ in range(2)):
                     raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
                 if problem := connection.recv():
@@ -425,10 +424,10 @@ def start_episodes(
 
 
 class Ranks:
-    """The processes that torchrun started, which make up one run; without torchrun, this one.
+    """The ranks: the processes that torchrun started for this run; without torchrun, this one.
 
-    Every rank makes the same calls in the same order, and each call waits for all ranks. That one
-    is gone, or is not heard of in time, ends in a ConnectionError.
+    Every rank makes the same calls in the same order, and each call waits for all ranks. If a rank
+    is gone, or silent for too long, the call raises ConnectionError.
     """
 
     def __init__(self, args: Args):
@@ -465,7 +464,7 @@ class Ranks:
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of all ranks' tensors, in place of this one."""
-        return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
+        return self.sum(tensor).div_(self.size) if self.size > 1 else tensor  # saves dividing by 1
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All ranks' tensors, one behind the other in the last dimension."""
@@ -556,7 +555,7 @@ class RewardScaler(ObservationNormalizer):
 class Agent(nn.Module):
     """The policy pi(a|s) and the value V(s), two heads on one network (detail 13).
 
-    Observations are (..., obs_dim), as they come. Actions are (...), numbers of discrete ones, or
+    Observations are (..., obs_dim), as they come. Actions are (...), integers if discrete, or
     (..., action_dim), Gaussian, which may lie beyond the bounds -1 and 1: probabilities are those
     of the action as sampled, and `make_env` clips what the environment gets.
     """
@@ -599,11 +598,10 @@ class Agent(nn.Module):
 
     def sample(self, policy: Categorical | Independent) -> torch.Tensor:
         """A random action; of nan too, where Categorical.sample would raise an error."""
-        if self.discrete:
-            return (policy.logits + gumbel_noise(policy.logits.shape, policy.logits.device)).argmax(
-                -1
-            )
-        return policy.sample()
+        if not self.discrete:
+            return policy.sample()
+        noise = gumbel_noise(policy.logits.shape, policy.logits.device)
+        return (policy.logits + noise).argmax(-1)
 
     def get_value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (...)."""
@@ -737,7 +735,10 @@ def flatten_parameters(agent: nn.Module) -> nn.Parameter:
 
 
 class Rollout(NamedTuple):
-    """What happened in one iteration; all (num_steps, num_envs), obs (..., obs_dim)."""
+    """What happened in one iteration; all (num_steps, num_envs), obs (..., obs_dim).
+
+    Actions are the same, or (..., action_dim) if continuous.
+    """
 
     obs: torch.Tensor
     actions: torch.Tensor
@@ -813,9 +814,8 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args, ranks)
             entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
         )  # fmt: skip
         history.append(metrics)
-        if args.target_kl is not None:
-            if ranks.mean(metrics["approx_kl"]) > 1.5 * args.target_kl:
-                break  # before a step that would lead further away, not after it
+        if args.target_kl is not None and ranks.mean(metrics["approx_kl"]) > 1.5 * args.target_kl:
+            break  # before a step that would lead further away, not after it
         weights.grad.zero_()
         loss.backward()
         ranks.mean(weights.grad)
@@ -868,10 +868,10 @@ def train(args: Args) -> dict | None:
     if progress.num_ranks != ranks.size and ranks.rank == 0:
         print(
             f"the run was one of {progress.num_ranks} processes and goes on with {ranks.size}: "
-            "its batches and environments are others now"
+            "its batches and environments differ from now on"
         )
     progress.num_ranks = ranks.size
-    ranks.broadcast(weights.data)  # other machines may have started from others in the last digit
+    ranks.broadcast(weights.data)  # another machine may have drawn others, in the last digit
     next_obs = start_episodes(envs, args, progress.iteration, ranks.rank)
     discounted = torch.zeros(args.num_envs, dtype=torch.float64, device=device)
     stop_signal = 0
@@ -1228,7 +1228,8 @@ def report(args, agent, log, device):
 
 def reward_threshold(args):
     """The return from which the environment counts as solved, or None; None for several."""
-    return make_env(args).spec.reward_threshold if len(args.env_ids) == 1 else None
+    spec = make_env(args).spec if len(args.env_ids) == 1 else None
+    return getattr(spec, "reward_threshold", None)
 
 
 def print_each(args, returns):
