@@ -1,13 +1,15 @@
 """Remake the recorded results: train every seed of an environment, keep what came out.
 
-    python benchmark/run.py CartPole-v1        # train its seeds, one after the other
-    python benchmark/run.py                    # print the table and draw the curves of all records
+    python benchmark/run.py CartPole-v1                   # train its seeds, one after the other
+    python benchmark/run.py BipedalWalker-v3 --at-once 3  # side by side
+    python benchmark/run.py                               # the table and the curves of all records
 
 For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json. `agent.pt` (to evaluate,
 not to resume), `training.png` and `agent.gif` are those of the seed whose mean return is the
 median, of two the better one.
 """
 
+import argparse
 import json
 import math
 import re
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,27 +71,29 @@ ROWS = {
 }
 
 
-def train(name):
+def train(name, at_once):
     """Run the row's command with each of its seeds; record results and the median's checkpoint."""
     seeds, command = ROWS[name]
-    script, *flags = command.split()
     folder = ROOT / "benchmark" / name
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(at_once) as pool:
+        run_dirs = list(pool.map(lambda seed: train_seed(command, seed, scratch), seeds))
         results = []
-        for seed in seeds:
-            print(f"{command} --seed {seed}", flush=True)
-            line = [sys.executable, ROOT / script, *flags, "--seed", str(seed)]
-            output = subprocess.run(
-                line, cwd=scratch, check=True, stdout=subprocess.PIPE, text=True
-            )
-            print(output.stdout, flush=True)
-            run_dir = Path(scratch, re.search("run folder (.*)", output.stdout)[1])
+        for seed, run_dir in zip(seeds, run_dirs, strict=True):
             result = json.loads((run_dir / "result.json").read_text())
             (folder / f"seed{seed}.json").write_text(json.dumps(result) + "\n")
             results.append((result["eval_mean"], seed, run_dir))
         _, _, median = sorted(results)[len(results) // 2]
         keep(median, folder)
+
+
+def train_seed(command, seed, scratch):
+    """Run the command; the run's folder."""
+    script, *flags = command.split()
+    line = [sys.executable, ROOT / script, *flags, "--seed", str(seed)]
+    output = subprocess.run(line, cwd=scratch, check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(f"{command} --seed {seed}", output, sep="\n", flush=True)
+    return Path(scratch, re.search("run folder (.*)", output)[1])
 
 
 def keep(run_dir, folder):
@@ -155,9 +160,11 @@ def draw_curves(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not set(sys.argv[1:]) <= set(ROWS):
-        sys.exit(f"usage: python benchmark/run.py [{' | '.join(ROWS)}]...")
-    for row in sys.argv[1:]:
-        train(row)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="row", default=[])
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="seeds side by side")
+    args = parser.parse_args()
+    for row in args.rows:
+        train(row, args.at_once)
     table()
     draw_curves(ROOT / "benchmark" / "curves.png")

@@ -3,9 +3,9 @@
     python benchmark/truncation.py
 
 CartPole-v1 is cut after 100 steps here, when the pole still stands and would earn 1 a step for
-ever, 1 / (1 - gamma) = 100 discounted. Printed is V of the pole upright and at rest. Pendulum-v1, by
-the recorded command (benchmark/run.py), is cut after 200 steps and never ends by itself. Printed is
-the mean return of 100 evaluation episodes.
+ever, 1 / (1 - gamma) = 100 discounted. Printed is V of the pole upright and at rest. Pendulum-v1,
+by the recorded command (benchmark/run.py), is cut after 200 steps and never ends by itself. Printed
+is the mean return of 100 evaluation episodes.
 """
 
 import contextlib
