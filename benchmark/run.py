@@ -161,9 +161,11 @@ def draw_curves(path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="row", default=[])
+    parser.add_argument("rows", nargs="*", metavar="row", help=", ".join(ROWS))
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="seeds side by side")
     args = parser.parse_args()
+    if unknown := set(args.rows) - set(ROWS):
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     for row in args.rows:
         train(row, args.at_once)
     table()
