@@ -1141,9 +1141,9 @@ class RankLog(RunLog):
 
     def __init__(self, args, progress, ranks):
         self.ranks, self.env_ids = ranks, args.env_ids
-        everything = dataclasses.replace(args, num_envs=args.num_envs * ranks.size)
+        all_envs = dataclasses.replace(args, num_envs=args.num_envs * ranks.size)
         if ranks.rank == 0:
-            super().__init__(everything, progress)
+            super().__init__(all_envs, progress)
             self.args_to_save = args
         else:
             self.stop_signal, self.handlers = 0, {}
@@ -1172,9 +1172,9 @@ class RankLog(RunLog):
     def write(self, rollout, returns, metrics, learning_rate):
         names = ("rewards", "values", "terminations", "truncations")
         mine = [getattr(rollout, name).float() for name in names]
-        *everything, returns = self.ranks.gather(torch.stack([*mine, returns]))
+        *gathered, returns = self.ranks.gather(torch.stack([*mine, returns]))
         if self.ranks.rank == 0:
-            rollout = rollout._replace(**dict(zip(names, everything, strict=True)))
+            rollout = rollout._replace(**dict(zip(names, gathered, strict=True)))
             flags = {name: getattr(rollout, name).bool() for name in names[2:]}
             super().write(rollout._replace(**flags), returns, metrics, learning_rate)
 
