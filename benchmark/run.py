@@ -130,7 +130,7 @@ def table():
 
 def draw_curves(path):
     """Draw training's return over steps and over seconds: mean and range over the seeds."""
-    rows = records()
+    rows = {name: results for name, results in records().items() if "curve" in results[0]}
     lines = math.ceil(len(rows) / 2)
     figure = Figure(figsize=(18, 3 * lines), layout="constrained")
     grid = figure.subplots(lines, 4, squeeze=False).reshape(-1, 2)
