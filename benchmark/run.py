@@ -136,19 +136,16 @@ def draw_curves(path):
     grid = figure.subplots(lines, 4, squeeze=False).reshape(-1, 2)
     for axes, (name, results) in zip(grid, rows.items(), strict=False):
         for axis, key in zip(axes, ("step", "seconds"), strict=True):
-            curves = [result["curve"] for result in results]
-            # From where each seed has ended an episode, to where each still runs.
-            started = [[y is not None for y in curve["episodic_return"]] for curve in curves]
-            starts = [curve[key][on.index(True)] for curve, on in zip(curves, started, strict=True)]
-            x = np.linspace(max(starts), min(curve[key][-1] for curve in curves), 300)
-            returns = np.stack(
-                [
-                    np.interp(x, np.array(curve[key])[on], np.array(curve["episodic_return"])[on])
-                    for curve, on in zip(curves, started, strict=True)
-                ]
-            ).astype(float)
-            axis.fill_between(x, returns.min(0), returns.max(0), alpha=0.3)
-            axis.plot(x, returns.mean(0))
+            curves = []
+            for result in results:
+                x, y = (np.array(result["curve"][n], float) for n in (key, "episodic_return"))
+                curves.append((x[~np.isnan(y)], y[~np.isnan(y)]))  # nan: no episode has ended yet
+            first = max(x[0] for x, _ in curves)
+            last = min(x[-1] for x, _ in curves)
+            grid_x = np.linspace(first, last, 300)  # where all seeds have returns
+            returns = np.stack([np.interp(grid_x, x, y) for x, y in curves])
+            axis.fill_between(grid_x, returns.min(0), returns.max(0), alpha=0.3)
+            axis.plot(grid_x, returns.mean(0))
             if results[0]["threshold"] is not None:
                 axis.axhline(results[0]["threshold"], color="black", linestyle="--")
             axis.set(title=f"{name}, {len(results)} seeds", xlabel=key)
@@ -156,6 +153,8 @@ def draw_curves(path):
             axis.grid(alpha=0.3)
         axes[0].set(xlabel="environment steps", ylabel="return, last 100 episodes")
         axes[1].set(xlabel="seconds of learning")
+    for axis in grid[len(rows) :].flat:
+        axis.set_axis_off()
     figure.savefig(path, dpi=80)
 
 
