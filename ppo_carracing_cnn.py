@@ -499,27 +499,38 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
         signal.signal(number, signal.SIG_IGN)
     arrays = read_from_shared_memory(space, memory, len(env_fns))
     mine = {name: array[part] for name, array in arrays.items()}
-    names = ("obs", "reward", "terminated", "truncated")  # of what `step` returns
     try:
-        envs = make_sync_vector_env(env_fns[part])
-        while (message := connection.recv()) != "close":
+        envs = [env_fn() for env_fn in env_fns[part]]
+        while (message := await_message(connection)) != "close":
             if message == "step":
-                *step, infos = envs.step(mine["action"])
-                for name, array in zip(names, step, strict=True):
-                    mine[name][:] = array
-                for i in np.flatnonzero(infos.get("_final_obs", [])):
-                    mine["final_obs"][i] = infos["final_obs"][i]
+                for i, env in enumerate(envs):
+                    obs, mine["reward"][i], terminated, truncated, _ = env.step(mine["action"][i])
+                    if terminated or truncated:
+                        mine["final_obs"][i] = obs
+                        obs, _ = env.reset()
+                    mine["obs"][i] = obs
+                    mine["terminated"][i], mine["truncated"][i] = terminated, truncated
             else:
                 np.random.seed(message[0])  # this and the next for environments that use them
                 random.seed(message[0])
-                mine["obs"][:], _ = envs.reset(seed=message)
+                for i, (env, seed) in enumerate(zip(envs, message, strict=True)):
+                    mine["obs"][i], _ = env.reset(seed=seed)
             connection.send(None)
-        envs.close()
+        for env in envs:
+            env.close()
     except Exception as error:  # whatever a user's own environment raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"{type(error).__name__} {error}".split())
         with contextlib.suppress(ConnectionError):  # it was that the main process is gone
             connection.send(f"{text} ({place.filename}, line {place.lineno})")
+
+
+def await_message(connection):
+    """The next message. To be woken takes long, so the process stays awake for a while."""
+    deadline = time.perf_counter() + 0.002
+    while not connection.poll() and time.perf_counter() < deadline:
+        os.sched_yield()  # lets the other processes of this core run
+    return connection.recv()
 
 
 def start_episodes(envs: gym.vector.VectorEnv, args: Args, iteration: int) -> np.ndarray:

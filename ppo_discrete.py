@@ -292,12 +292,13 @@ class Agent(nn.Module):
 
         (torch.distributions.Categorical, written out: it takes three times as long.)
         """
-        logprobs = self.get_logits(obs).log_softmax(-1)
+        obs = self.normalize(obs)
+        logprobs = self.actor(obs).log_softmax(-1)
         if action is None:
             action = (logprobs + gumbel_noise(logprobs.shape, obs.device)).argmax(-1)
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return action, logprob, entropy, self.get_value(obs)
+        return action, logprob, entropy, self.critic(obs).squeeze(-1)
 
     def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The most probable action: (...)."""

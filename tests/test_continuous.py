@@ -9,7 +9,7 @@ import pytest
 import torch
 import toy_envs  # noqa: F401
 from gymnasium import spaces
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
 import ppo_continuous
 
@@ -51,6 +51,15 @@ def test_actions_are_sampled_with_mean_and_deviation(agent):
     assert ((actions.mean(0) - agent.actor(obs[0])).abs() < 5 * error).all()
     assert ((actions.std(0) / deviation - 1).abs() < 0.02).all()
     torch.testing.assert_close(logprobs, agent.get_action_and_value(obs, actions)[1])
+
+
+def test_kl_divergence_equals_torch():
+    means, log_stds = torch.randn(2, 50, 3), torch.randn(2, 3)
+    old, new = (Normal(mean, std) for mean, std in zip(means, log_stds.exp(), strict=True))
+    kl = ppo_continuous.kl_divergence(means[0], log_stds[0], means[1], log_stds[1])
+    torch.testing.assert_close(kl, kl_divergence(old, new).sum(-1))
+    same = ppo_continuous.kl_divergence(means[0], log_stds[0], means[0], log_stds[0])
+    torch.testing.assert_close(same, torch.zeros(50), rtol=0, atol=1e-6)
 
 
 def test_actions_reach_the_environment_within_its_bounds():
