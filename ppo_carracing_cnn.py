@@ -1046,9 +1046,9 @@ class RunLog:
 
     def stop(self, number, _):
         self.stop_signal = number
-        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
         for number in self.handlers:
             signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
     def close(self):
         self.bar.close()

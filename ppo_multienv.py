@@ -84,7 +84,7 @@ class Args:
     `module:Name-v0` imports the module first"""
     env_kwargs: tuple[str, ...] = ()
     """arguments of the environments, such as `--env-kwargs continuous=True`"""
-    total_timesteps: int = 2_000_000
+    total_timesteps: int = 1_000_000
     """environment steps to train for, all environments together, rounded up to whole iterations"""
     num_envs: int = 32
     """environments that run side by side in each process of torchrun (the paper's N)"""
@@ -1102,9 +1102,9 @@ class RunLog:
 
     def stop(self, number, _):
         self.stop_signal = number
-        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
         for number in self.handlers:
             signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
     def close(self):
         self.bar.close()
