@@ -527,9 +527,9 @@ class Agent(nn.Module):
 
 def kl_divergence(old_mean, old_log_std, new_mean, new_log_std) -> torch.Tensor:
     """KL(pi_old || pi) of Gaussians (..., action_dim), in closed form: (...)."""
-    squares = (2 * old_log_std).exp() + (old_mean - new_mean) ** 2
-    ratio = squares / (2 * (2 * new_log_std).exp())
-    return (new_log_std - old_log_std + ratio - 0.5).sum(-1)
+    old_var, new_var = (2 * old_log_std).exp(), (2 * new_log_std).exp()
+    kl = new_log_std - old_log_std + (old_var + (old_mean - new_mean) ** 2) / (2 * new_var) - 0.5
+    return kl.sum(-1)
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):

@@ -88,7 +88,7 @@ class Args:
     """environment steps to train for, all environments together, rounded up to whole iterations"""
     num_envs: int = 32
     """environments that run side by side in each process of torchrun (the paper's N)"""
-    num_steps: int = 512
+    num_steps: int = 256
     """steps in each environment per iteration (the paper's T)"""
     num_workers: int | None = None
     """processes that step the environments, 0 for none but this (None: one a core, which the
@@ -106,7 +106,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.98
     """lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 32
+    num_minibatches: int = 16
     """minibatches an epoch; num_envs * num_steps / num_minibatches, times the number of processes,
     is the paper's M"""
     update_epochs: int = 6

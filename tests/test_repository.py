@@ -48,6 +48,7 @@ def test_every_flag_is_explained(main, script):
 VARIANTS = {  # what may differ between scripts; all else of one name is of one text
     "Args", "Agent", "Rollout", "check_args", "make_env", "make_vector_env", "collect_rollout",
     "update", "train", "evaluate", "Progress", "load_agent", "reward_threshold", "main",
+    "kl_divergence",
 }  # fmt: skip
 ALL_RANKS = {"ObservationNormalizer", "RewardScaler", "minibatches", "start_episodes"}
 
