@@ -483,7 +483,9 @@ class Agent(nn.Module):
     """The policy pi(a|s) and the value V(s); observations are (..., obs_dim), as they come.
 
     Actions are (..., action_dim), Gaussian, and may lie beyond the bounds -1 and 1: probabilities
-    are those of the action as sampled, and `make_env` clips what the environment gets.
+    are those of the action as sampled, and `make_env` clips what the environment gets. Their mean
+    stays within the bounds, by tanh: beyond, it would not matter, nor would the noise, which then
+    does not shrink. (If some actions are unbounded, all means are.)
     """
 
     def __init__(
@@ -494,12 +496,14 @@ class Agent(nn.Module):
         self.normalize = ObservationNormalizer(obs_dim) if norm_obs else nn.Identity()
         self.scale_rewards = RewardScaler()
         self.actor = MLP(obs_dim, action_dim, std=0.01)
+        bounded = np.all((action_space.low == -1) & (action_space.high == 1))
+        self.bound = nn.Tanh() if bounded else nn.Identity()
         self.log_std = nn.Parameter(torch.full((action_dim,), log_std))  # in all states (cont. 2)
         self.critic = MLP(obs_dim, 1, std=1.0)  # separate networks (detail 13, cont. 4)
 
     def get_mean(self, obs: torch.Tensor) -> torch.Tensor:
         """The mean of pi(.|s), which is a normal distribution (cont. 1): (..., action_dim)."""
-        return self.actor(self.normalize(obs))
+        return self.bound(self.actor(self.normalize(obs)))
 
     def get_value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (...)."""
@@ -511,7 +515,7 @@ class Agent(nn.Module):
         (torch.distributions.Normal, written out: it takes twice as long.)
         """
         obs = self.normalize(obs)
-        mean, std = self.actor(obs), self.log_std.exp()
+        mean, std = self.bound(self.actor(obs)), self.log_std.exp()
         if action is None:
             action = mean + std * torch.randn_like(mean)
         # Sums over the dimensions of the action, which are independent (cont. 3).

@@ -567,7 +567,8 @@ class Agent(nn.Module):
 
     Observations are (..., obs_dim), as they come. Actions are (...), integers if discrete, or
     (..., action_dim), Gaussian, which may lie beyond the bounds -1 and 1: probabilities are those
-    of the action as sampled, and `make_env` clips what the environment gets.
+    of the action as sampled, and `make_env` clips what the environment gets. Their mean stays
+    within the bounds, by tanh. (If some actions are unbounded, all means are.)
     """
 
     def __init__(
@@ -591,13 +592,16 @@ class Agent(nn.Module):
         )
         self.actor = layer_init(nn.Linear(128, num_outputs), std=0.01)
         self.critic = layer_init(nn.Linear(128, 1), std=1.0)
+        self.bound = nn.Identity()
         if not self.discrete:
+            if np.all((action_space.low == -1) & (action_space.high == 1)):
+                self.bound = nn.Tanh()
             self.log_std = nn.Parameter(torch.full((num_outputs,), log_std))  # (cont. 2)
 
     def get_outputs(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the heads say: logits, or the means of a Gaussian (..., num_outputs); V(s) (...)."""
         features = self.body(self.normalize(obs))
-        return self.actor(features), self.critic(features).squeeze(-1)
+        return self.bound(self.actor(features)), self.critic(features).squeeze(-1)
 
     def get_value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (...)."""

@@ -77,18 +77,24 @@ def playing(script, env_id, *env_kwargs):
 
 @pytest.fixture
 def start(script, in_tmp):
-    """Starts the script as a process of its own, in the empty folder."""
+    """Starts the script as a process of its own, in the empty folder; the test's end kills it."""
+    started = []
 
     def start(*flags):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, ROOT / f"{script.__name__}.py", *flags],
             env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import math
 
 import numpy as np
@@ -32,7 +33,7 @@ def agent():
 
 def test_distribution_equals_torch_normal(agent):
     obs, action = torch.randn(5, 7, 3), 3 * torch.randn(5, 7, 2)
-    policy = Normal(agent.actor(obs), agent.log_std.exp())
+    policy = Normal(agent.actor(obs).tanh(), agent.log_std.exp())
     same, logprob, entropy, value = agent.get_action_and_value(obs, action)
     assert torch.equal(same, action)
     torch.testing.assert_close(logprob, policy.log_prob(action).sum(-1))
@@ -42,13 +43,28 @@ def test_distribution_equals_torch_normal(agent):
     assert torch.equal(agent.get_deterministic_action(obs), policy.mean)
 
 
+@pytest.mark.parametrize("name", ["ppo_continuous", "ppo_multienv"])
+def test_means_stay_within_the_bounds_if_all_actions_have_some(name):
+    module = importlib.import_module(name)
+
+    def largest_mean(high):
+        space = spaces.Box(-np.array(high, np.float32), np.array(high, np.float32))
+        agent = module.Agent(spaces.Box(-1, 1, (3,)), space, norm_obs=False)
+        for weight in agent.actor.parameters():
+            weight.data.fill_(100.0)
+        return agent.get_deterministic_action(torch.randn(50, 3)).abs().max()
+
+    assert largest_mean([1, 1]) == 1
+    assert largest_mean([1, np.inf]) >= 100
+
+
 def test_actions_are_sampled_with_mean_and_deviation(agent):
     torch.manual_seed(1)
     obs = torch.randn(1, 3).expand(100_000, 3)
     actions, logprobs, _, _ = agent.get_action_and_value(obs)
     deviation = agent.log_std.exp()
     error = deviation / math.sqrt(len(actions))
-    assert ((actions.mean(0) - agent.actor(obs[0])).abs() < 5 * error).all()
+    assert ((actions.mean(0) - agent.get_mean(obs[0])).abs() < 5 * error).all()
     assert ((actions.std(0) / deviation - 1).abs() < 0.02).all()
     torch.testing.assert_close(logprobs, agent.get_action_and_value(obs, actions)[1])
 
@@ -191,7 +207,7 @@ def test_kl_of_an_update_is_the_closed_form(small, monkeypatch):
     means = ppo_continuous.update(
         agent, weights, optimizer, rollout, advantages, returns, args, 1.0
     )
-    old_mean, new_mean = old.actor(rollout.obs), agent.actor(rollout.obs)
+    old_mean, new_mean = old.get_mean(rollout.obs), agent.get_mean(rollout.obs)
     old_var, new_var = (2 * old.log_std).exp(), (2 * agent.log_std).exp()
     kl = agent.log_std - old.log_std - 0.5 + (old_var + (old_mean - new_mean) ** 2) / (2 * new_var)
     assert means["kl"] == pytest.approx(kl.sum(-1).mean().item(), rel=1e-4)
