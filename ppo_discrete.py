@@ -580,7 +580,7 @@ def train(args: Args) -> dict:
         progress = load_checkpoint(args.resume, agent, optimizer)
     next_obs = start_episodes(envs, args, progress.iteration)
 
-    with contextlib.closing(RunLog(args, progress)) as log:
+    with contextlib.closing(envs), contextlib.closing(RunLog(args, progress)) as log:
         while progress.global_step < args.total_timesteps and not log.stop_signal:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1
@@ -612,7 +612,6 @@ def train(args: Args) -> dict:
                 next_obs = start_episodes(envs, args, progress.iteration)
                 log.start_episodes()
         save_checkpoint(log.run_dir / "agent.pt", args, agent, optimizer, progress)
-    envs.close()
     if log.stop_signal:
         print(f"stopped; go on with --resume {log.run_dir / 'agent.pt'}")
         sys.exit(128 + log.stop_signal)

@@ -413,7 +413,8 @@ def await_message(connection):
     """The next message. To be woken takes long, so the process stays awake for a while."""
     deadline = time.perf_counter() + 0.002
     while not connection.poll() and time.perf_counter() < deadline:
-        os.sched_yield()  # lets the other processes of this core run
+        # Let the other processes of this core run.
+        os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
     return connection.recv()
 
 
