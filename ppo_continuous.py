@@ -100,7 +100,7 @@ class Args:
     """let the learning rate fall to 0, linearly"""
     gamma: float = 0.99
     """discount factor"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.8
     """lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo"""
     num_minibatches: int = 64
     """minibatches an epoch; num_envs * num_steps / num_minibatches is the paper's M"""

@@ -51,7 +51,8 @@ ROWS = {
     "Pendulum-v1": (
         range(1, 4),
         "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 500000 --num-envs 16 "
-        "--num-steps 200 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95",
+        "--num-steps 200 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95 "
+        "--gae-lambda 0.95",
     ),
     "MountainCarContinuous-v0": (
         range(1, 4),

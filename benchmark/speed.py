@@ -134,6 +134,23 @@ def environments(env_id, kind):
     return seconds, len(actions) * args.num_envs
 
 
+def their_bipedalwalker():
+    """Some of the rl-zoo recipe's 5 million steps."""
+    return theirs(
+        "MlpPolicy", lambda: gym.make("BipedalWalker-v3"), 32, 131_072, warm_up=65_536,
+        n_steps=2048, batch_size=64, n_epochs=10, gamma=0.999, gae_lambda=0.95,
+        learning_rate=3e-4, clip_range=0.18, normalize=True,
+    )  # fmt: skip
+
+
+def their_lunarlander():
+    """Some of the rl-zoo recipe's million steps."""
+    return theirs(
+        "MlpPolicy", lambda: gym.make("LunarLander-v3"), 16, 131_072, warm_up=16_384,
+        n_steps=1024, batch_size=64, n_epochs=4, gamma=0.999, gae_lambda=0.98, ent_coef=0.01,
+    )  # fmt: skip
+
+
 CLEANRL = dict(  # its ppo.py
     num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4, learning_rate=2.5e-4,
     gamma=0.99, gae_lambda=0.95, ent_coef=0.01, total_timesteps=100_000,
@@ -165,11 +182,12 @@ COMPARISONS = {
             gamma=0.999, gae_lambda=0.95, learning_rate=3e-4, clip_coef=0.18,
             total_timesteps=131_072, warm_up=1,
         ),
-        lambda: theirs(
-            "MlpPolicy", lambda: gym.make("BipedalWalker-v3"), 32, 131_072, warm_up=65_536,
-            n_steps=2048, batch_size=64, n_epochs=10, gamma=0.999, gae_lambda=0.95,
-            learning_rate=3e-4, clip_range=0.18, normalize=True,
-        ),
+        their_bipedalwalker,
+    ),
+    "bipedalwalker-default": (
+        "BipedalWalker-v3: our default command, SB3 with the rl-zoo recipe",
+        lambda: ours("ppo_continuous", total_timesteps=131_072),
+        their_bipedalwalker,
     ),
     "lunarlander": (
         "LunarLander-v3: ppo_multienv.py and SB3, both with the rl-zoo's hyper-parameters",
@@ -177,10 +195,12 @@ COMPARISONS = {
             "ppo_multienv", num_envs=16, num_steps=1024, num_minibatches=256, update_epochs=4,
             learning_rate=3e-4, total_timesteps=131_072, warm_up=1,
         ),
-        lambda: theirs(
-            "MlpPolicy", lambda: gym.make("LunarLander-v3"), 16, 131_072, warm_up=16_384,
-            n_steps=1024, batch_size=64, n_epochs=4, gamma=0.999, gae_lambda=0.98, ent_coef=0.01,
-        ),
+        their_lunarlander,
+    ),
+    "lunarlander-default": (
+        "LunarLander-v3: the default command of ppo_multienv.py, SB3 with the rl-zoo recipe",
+        lambda: ours("ppo_multienv"),
+        their_lunarlander,
     ),
     **{
         f"{name.lower()}-{kind}": (
