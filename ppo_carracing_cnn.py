@@ -103,7 +103,7 @@ class Args:
     reward_scale: float = 0.025
     """rewards are multiplied by this in training"""
     total_timesteps: int = 2_000_000
-    """actions to train for, all environments together"""
+    """actions to train for, all environments together, rounded up to whole iterations"""
     num_envs: int = 8
     """environments that run side by side (the paper's N)"""
     num_steps: int = 512
@@ -157,8 +157,13 @@ def check_args(args: Args) -> None:
     if args.num_envs == args.num_steps == 1:
         raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
     least = {"seed": 0, "num_workers": 0}
-    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "worker_timeout": 1e6}
-    most["num_minibatches"] = args.num_envs * args.num_steps // 2
+    most = {
+        "seed": 2**63 - 1,
+        "gamma": 1,
+        "gae_lambda": 1,
+        "num_minibatches": args.num_envs * args.num_steps // 2,
+        "worker_timeout": 1e6,
+    }
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -416,6 +421,7 @@ def count_cores() -> int:
 class WorkerVectorEnv(gym.vector.VectorEnv):
     """What `make_sync_vector_env` makes, shared out over processes; it steps to the same numbers.
 
+    (But for environments that draw from np.random or random, which each process has for itself.)
     Each worker steps several environments and answers once a step; all arrays lie in shared memory.
     (Gymnasium's AsyncVectorEnv has a process for each environment. Where these outnumber the cores,
     switching between them costs more than it brings.) What is returned is overwritten by the next
@@ -439,7 +445,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
-        atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
+        atexit.register(self.close)  # before the library's, by a signal that workers ignore
         self.slices = [
             slice(int(part[0]), int(part[-1]) + 1)
             for part in np.array_split(np.arange(self.num_envs), min(num_workers, self.num_envs))
@@ -521,16 +527,16 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
     except Exception as error:  # whatever a user's own environment raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"{type(error).__name__} {error}".split())
-        with contextlib.suppress(ConnectionError):  # it was that the main process is gone
+        with contextlib.suppress(ConnectionError):  # the main process is gone
             connection.send(f"{text} ({place.filename}, line {place.lineno})")
 
 
 def await_message(connection):
-    """The next message. To be woken takes long, so the process stays awake for a while."""
+    """The next message. A process that sleeps takes long to wake: ask for 2 ms before sleeping."""
     deadline = time.perf_counter() + 0.002
     while not connection.poll() and time.perf_counter() < deadline:
-        # Let the other processes of this core run.
-        os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
+        if hasattr(os, "sched_yield"):
+            os.sched_yield()  # lets the other processes of this core run
     return connection.recv()
 
 
@@ -1043,7 +1049,9 @@ class RunLog:
         total = math.ceil(args.total_timesteps / batch_size) * batch_size
         self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
         self.start_episodes()
-        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, self.stop)
 
     def stop(self, number, _):
         self.stop_signal = number

@@ -82,7 +82,7 @@ class Args:
     env_id: str = "BipedalWalker-v3"
     """Gymnasium environment; `module:Name-v0` imports the module first"""
     env_kwargs: tuple[str, ...] = ()
-    """arguments of the environment, such as `--env-kwargs continuous=True`"""
+    """arguments of the environment, such as `--env-kwargs hardcore=True`"""
     total_timesteps: int = 5_000_000
     """environment steps to train for, all environments together, rounded up to whole iterations"""
     num_envs: int = 32
@@ -154,10 +154,10 @@ def check_args(args: Args) -> None:
         "seed": 2**63 - 1,
         "gamma": 1,
         "gae_lambda": 1,
+        "num_minibatches": args.num_envs * args.num_steps // 2,
         "log_std_init": 20,
         "worker_timeout": 1e6,
     }
-    most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -273,6 +273,7 @@ def count_cores() -> int:
 class WorkerVectorEnv(gym.vector.VectorEnv):
     """What `make_sync_vector_env` makes, shared out over processes; it steps to the same numbers.
 
+    (But for environments that draw from np.random or random, which each process has for itself.)
     Each worker steps several environments and answers once a step; all arrays lie in shared memory.
     (Gymnasium's AsyncVectorEnv has a process for each environment. Where these outnumber the cores,
     switching between them costs more than it brings.) What is returned is overwritten by the next
@@ -296,7 +297,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
-        atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
+        atexit.register(self.close)  # before the library's, by a signal that workers ignore
         self.slices = [
             slice(int(part[0]), int(part[-1]) + 1)
             for part in np.array_split(np.arange(self.num_envs), min(num_workers, self.num_envs))
@@ -378,16 +379,16 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
     except Exception as error:  # whatever a user's own environment raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"{type(error).__name__} {error}".split())
-        with contextlib.suppress(ConnectionError):  # it was that the main process is gone
+        with contextlib.suppress(ConnectionError):  # the main process is gone
             connection.send(f"{text} ({place.filename}, line {place.lineno})")
 
 
 def await_message(connection):
-    """The next message. To be woken takes long, so the process stays awake for a while."""
+    """The next message. A process that sleeps takes long to wake: ask for 2 ms before sleeping."""
     deadline = time.perf_counter() + 0.002
     while not connection.poll() and time.perf_counter() < deadline:
-        # Let the other processes of this core run.
-        os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
+        if hasattr(os, "sched_yield"):
+            os.sched_yield()  # lets the other processes of this core run
     return connection.recv()
 
 
@@ -484,9 +485,10 @@ class Agent(nn.Module):
     """The policy pi(a|s) and the value V(s); observations are (..., obs_dim), as they come.
 
     Actions are (..., action_dim), Gaussian, and may lie beyond the bounds -1 and 1: probabilities
-    are those of the action as sampled, and `make_env` clips what the environment gets. Their mean
-    stays within the bounds, by tanh: beyond, it would not matter, nor would the noise, which then
-    does not shrink. (If some actions are unbounded, all means are.)
+    are those of the action as sampled, and `make_env` clips what the environment gets. Unlike in
+    the paper, tanh keeps their mean within the bounds: far beyond, all samples would be clipped to
+    the bound, and nothing would make the noise shrink. (If some actions are unbounded, all means
+    are.)
     """
 
     def __init__(
@@ -499,7 +501,7 @@ class Agent(nn.Module):
         self.actor = MLP(obs_dim, action_dim, std=0.01)
         bounded = np.all((action_space.low == -1) & (action_space.high == 1))
         self.bound = nn.Tanh() if bounded else nn.Identity()
-        self.log_std = nn.Parameter(torch.full((action_dim,), log_std))  # in all states (cont. 2)
+        self.log_std = nn.Parameter(torch.full((action_dim,), log_std))  # (cont. 2)
         self.critic = MLP(obs_dim, 1, std=1.0)  # separate networks (detail 13, cont. 4)
 
     def get_mean(self, obs: torch.Tensor) -> torch.Tensor:
@@ -513,7 +515,7 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
         """The action (sampled if none is given), its log-probability, the entropy and V(s): (...).
 
-        (torch.distributions.Normal, written out: it takes twice as long.)
+        (Written out: torch.distributions.Normal takes longer.)
         """
         obs = self.normalize(obs)
         mean, std = self.bound(self.actor(obs)), self.log_std.exp()
@@ -705,6 +707,7 @@ def collect_rollout(agent, envs, next_obs, args, device):
     rewards = np.empty(shape, np.float32)
     terminations, truncations = np.empty(shape, bool), np.empty(shape, bool)
     final_obs = []
+    # The noise of all steps: the deviation, like all weights, stays the same meanwhile.
     noise = torch.randn(actions.shape, device=device) * agent.log_std.detach().exp()
     for t, step_noise in enumerate(noise.unbind()):
         obs[t] = next_obs
@@ -742,7 +745,8 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args, kl_coe
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
     if args.surrogate == "kl-penalty":
-        old_mean, old_log_std = agent.get_mean(obs).detach(), agent.log_std.detach().clone()
+        with torch.no_grad():
+            old_mean, old_log_std = agent.get_mean(obs), agent.log_std.clone()
     history = []
     for mb in minibatches(len(obs), args, obs.device):
         _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs[mb], actions[mb])
@@ -1008,7 +1012,9 @@ class RunLog:
         total = math.ceil(args.total_timesteps / batch_size) * batch_size
         self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
         self.start_episodes()
-        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, self.stop)
 
     def stop(self, number, _):
         self.stop_signal = number

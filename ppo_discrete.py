@@ -136,8 +136,12 @@ def check_args(args: Args) -> None:
     if args.num_envs == args.num_steps == 1:
         raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
     least = {"seed": 0}
-    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1}
-    most["num_minibatches"] = args.num_envs * args.num_steps // 2
+    most = {
+        "seed": 2**63 - 1,
+        "gamma": 1,
+        "gae_lambda": 1,
+        "num_minibatches": args.num_envs * args.num_steps // 2,
+    }
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -290,7 +294,7 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
         """The action (sampled if none is given), its log-probability, the entropy and V(s): (...).
 
-        (torch.distributions.Categorical, written out: it takes three times as long.)
+        (Written out: torch.distributions.Categorical takes three times as long.)
         """
         obs = self.normalize(obs)
         logprobs = self.actor(obs).log_softmax(-1)
@@ -480,7 +484,7 @@ def collect_rollout(agent, envs, next_obs, args, device):
     actions, rewards = np.empty(shape, np.int64), np.empty(shape, np.float32)
     terminations, truncations = np.empty(shape, bool), np.empty(shape, bool)
     final_obs = []
-    noise = gumbel_noise((*shape, envs.single_action_space.n), device)
+    noise = gumbel_noise((*shape, envs.single_action_space.n), device)  # of all steps
     for t, step_noise in enumerate(noise.unbind()):
         obs[t] = next_obs
         with torch.inference_mode():
@@ -517,7 +521,8 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args, kl_coe
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
     if args.surrogate == "kl-penalty":
-        old_logits = agent.get_logits(obs).detach()
+        with torch.no_grad():
+            old_logits = agent.get_logits(obs)
     history = []
     for mb in minibatches(len(obs), args, obs.device):
         _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs[mb], actions[mb])
@@ -772,7 +777,9 @@ class RunLog:
         total = math.ceil(args.total_timesteps / batch_size) * batch_size
         self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
         self.start_episodes()
-        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, self.stop)
 
     def stop(self, number, _):
         self.stop_signal = number

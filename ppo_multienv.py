@@ -160,11 +160,11 @@ def check_args(args: Args) -> None:
         "seed": 2**63 - 1,
         "gamma": 1,
         "gae_lambda": 1,
+        "num_minibatches": args.num_envs * args.num_steps // 2,
         "log_std_init": 20,
         "worker_timeout": 1e6,
         "rank_timeout": 1e6,
     }
-    most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -300,6 +300,7 @@ def count_cores() -> int:
 class WorkerVectorEnv(gym.vector.VectorEnv):
     """What `make_sync_vector_env` makes, shared out over processes; it steps to the same numbers.
 
+    (But for environments that draw from np.random or random, which each process has for itself.)
     Each worker steps several environments and answers once a step; all arrays lie in shared memory.
     (Gymnasium's AsyncVectorEnv has a process for each environment. Where these outnumber the cores,
     switching between them costs more than it brings.) What is returned is overwritten by the next
@@ -323,7 +324,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
-        atexit.register(self.close)  # before Python's own ending, by a signal that workers ignore
+        atexit.register(self.close)  # before the library's, by a signal that workers ignore
         self.slices = [
             slice(int(part[0]), int(part[-1]) + 1)
             for part in np.array_split(np.arange(self.num_envs), min(num_workers, self.num_envs))
@@ -405,16 +406,16 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
     except Exception as error:  # whatever a user's own environment raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"{type(error).__name__} {error}".split())
-        with contextlib.suppress(ConnectionError):  # it was that the main process is gone
+        with contextlib.suppress(ConnectionError):  # the main process is gone
             connection.send(f"{text} ({place.filename}, line {place.lineno})")
 
 
 def await_message(connection):
-    """The next message. To be woken takes long, so the process stays awake for a while."""
+    """The next message. A process that sleeps takes long to wake: ask for 2 ms before sleeping."""
     deadline = time.perf_counter() + 0.002
     while not connection.poll() and time.perf_counter() < deadline:
-        # Let the other processes of this core run.
-        os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
+        if hasattr(os, "sched_yield"):
+            os.sched_yield()  # lets the other processes of this core run
     return connection.recv()
 
 
@@ -568,8 +569,9 @@ class Agent(nn.Module):
 
     Observations are (..., obs_dim), as they come. Actions are (...), integers if discrete, or
     (..., action_dim), Gaussian, which may lie beyond the bounds -1 and 1: probabilities are those
-    of the action as sampled, and `make_env` clips what the environment gets. Their mean stays
-    within the bounds, by tanh. (If some actions are unbounded, all means are.)
+    of the action as sampled, and `make_env` clips what the environment gets. Unlike in the paper,
+    tanh keeps their mean within the bounds: far beyond, all samples would be clipped to the bound,
+    and nothing would make the noise shrink. (If some actions are unbounded, all means are.)
     """
 
     def __init__(
@@ -599,14 +601,17 @@ class Agent(nn.Module):
                 self.bound = nn.Tanh()
             self.log_std = nn.Parameter(torch.full((num_outputs,), log_std))  # (cont. 2)
 
-    def get_outputs(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the heads say: logits, or the means of a Gaussian (..., num_outputs); V(s) (...)."""
-        features = self.body(self.normalize(obs))
-        return self.bound(self.actor(features)), self.critic(features).squeeze(-1)
+    def get_features(self, obs: torch.Tensor) -> torch.Tensor:
+        """What both heads work on: (..., 128)."""
+        return self.body(self.normalize(obs))
+
+    def get_output(self, features: torch.Tensor) -> torch.Tensor:
+        """The logits of pi(.|s), or the mean of a normal distribution (cont. 1): (..., outputs)."""
+        return self.bound(self.actor(features))
 
     def get_value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (...)."""
-        return self.get_outputs(obs)[1]
+        return self.critic(self.get_features(obs)).squeeze(-1)
 
     def sample(self, output: torch.Tensor) -> torch.Tensor:
         """A random action, given the logits or means."""
@@ -617,17 +622,17 @@ class Agent(nn.Module):
     def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
         """The action (sampled if none is given), its log-probability, the entropy and V(s): (...).
 
-        (torch.distributions.Categorical and Normal, written out: they take two to three times as
-        long.)
+        (Written out: torch.distributions.Categorical and Normal take longer.)
         """
-        output, value = self.get_outputs(obs)
+        features = self.get_features(obs)
+        output, value = self.get_output(features), self.critic(features).squeeze(-1)
         if action is None:
             action = self.sample(output)
         if self.discrete:
             logprobs = output.log_softmax(-1)
-            logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+            logprob = logprobs.gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
             entropy = -(logprobs.exp() * logprobs).sum(-1)
-        else:  # sums over the dimensions of the action, which are independent (cont. 1, 3)
+        else:  # sums over the dimensions of the action, which are independent (cont. 3)
             squares = ((action - output) / self.log_std.exp()) ** 2
             logprob = -(squares / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
             entropy = (self.log_std + math.log(2 * math.pi * math.e) / 2).sum().expand_as(logprob)
@@ -635,7 +640,7 @@ class Agent(nn.Module):
 
     def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
         """The most probable action."""
-        output, _ = self.get_outputs(obs)
+        output = self.get_output(self.get_features(obs))
         return output.argmax(-1) if self.discrete else output
 
 
@@ -787,8 +792,8 @@ def collect_rollout(agent, envs, next_obs, args, device):
     for t in range(args.num_steps):
         obs[t] = next_obs
         with torch.inference_mode():
-            output, _ = agent.get_outputs(torch.from_numpy(obs[t]).to(device))
-            actions[t] = agent.sample(output).cpu().numpy()
+            features = agent.get_features(torch.from_numpy(obs[t]).to(device))
+            actions[t] = agent.sample(agent.get_output(features)).cpu().numpy()
         next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
         if "final_obs" in infos:  # at least one episode ended
             final_obs.extend(infos["final_obs"][truncations[t]])
@@ -1103,7 +1108,9 @@ class RunLog:
         total = math.ceil(args.total_timesteps / batch_size) * batch_size
         self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
         self.start_episodes()
-        self.handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, self.stop)
 
     def stop(self, number, _):
         self.stop_signal = number
@@ -1252,10 +1259,11 @@ def reward_threshold(args):
 
 def print_each(args, returns):
     """With several environments, which are evaluated in turns: a line for each."""
-    several = len(args.env_ids)
-    for i, env_id in enumerate(args.env_ids if 1 < several <= len(returns) else ()):
-        alone = dataclasses.replace(args, env_ids=(env_id,))
-        print(summary(env_id, returns[i::several], reward_threshold(alone)))
+    count = len(args.env_ids)
+    if 1 < count <= len(returns):
+        for i, env_id in enumerate(args.env_ids):
+            alone = dataclasses.replace(args, env_ids=(env_id,))
+            print(summary(env_id, returns[i::count], reward_threshold(alone)))
 
 
 def summary(name, returns, threshold=None):

@@ -106,7 +106,7 @@ def test_readme_gives_the_defaults():
 
 SLOW = {
     "LunarLander-v3", "LunarLanderContinuous", "LunarLander-v3-multienv", "BipedalWalker-v3",
-    "CarRacing-v3",
+    "BipedalWalkerHardcore-v3", "CarRacing-v3",
 }  # fmt: skip
 
 
