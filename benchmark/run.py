@@ -63,7 +63,7 @@ ROWS = {
     "LunarLanderContinuous": (
         range(1, 4),
         "ppo_continuous.py --env-id LunarLander-v3 --env-kwargs continuous=True "
-        "--total-timesteps 2000000 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
+        "--total-timesteps 4000000 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
         "--gamma 0.999 --gae-lambda 0.98",
     ),
     "BipedalWalker-v3": (range(1, 4), "ppo_continuous.py"),
