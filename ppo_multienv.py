@@ -319,17 +319,15 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
             obs=env.observation_space, final_obs=env.observation_space, action=env.action_space,
             reward=spaces.Box(-np.inf, np.inf, (), np.float64),
             terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
+            reset_seed=spaces.Box(0, 2**63 - 1, (), np.int64),
         )  # fmt: skip
         # An attribute, so that it lives until a worker that is spawned, not forked, opens it.
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
         atexit.register(self.close)  # before the library's, by a signal that workers ignore
-        self.slices = [
-            slice(int(part[0]), int(part[-1]) + 1)
-            for part in np.array_split(np.arange(self.num_envs), min(num_workers, self.num_envs))
-        ]
-        for part in self.slices:
+        for indices in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
+            part = slice(int(indices[0]), int(indices[-1]) + 1)
             connection, theirs = multiprocessing.Pipe()
             self.connections.append(connection)
             inputs = (theirs, self.connections, env_fns, space, self.memory, part)
@@ -340,36 +338,37 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed: list[int], options=None):
         """Start new episodes, one with each seed."""
-        self.exchange([seed[part] for part in self.slices])
+        self.arrays["reset_seed"][:] = seed
+        self.exchange(b"reset")
         return self.arrays["obs"], {}
 
     def step(self, actions: np.ndarray):
         self.arrays["action"][:] = actions
-        self.exchange(["step"] * len(self.workers))
+        self.exchange(b"step")
         terminated, truncated = (self.arrays[name] > 0 for name in ("terminated", "truncated"))
         ended = terminated | truncated
         infos = {"final_obs": self.arrays["final_obs"], "_final_obs": ended} if ended.any() else {}
         return self.arrays["obs"], self.arrays["reward"], terminated, truncated, infos
 
-    def exchange(self, messages):
-        """Send each worker its message; wait until all have done what it says."""
-        for connection, message in zip(self.connections, messages, strict=True):
+    def exchange(self, message):
+        """Send all workers a message, bytes; wait until they have done what it says."""
+        for connection in self.connections:
             with contextlib.suppress(ConnectionError):  # the worker ended: hear why, below
-                connection.send(message)
+                connection.send_bytes(message)
         try:
             for connection in self.connections:
                 # In two halves: time for which all was suspended (Ctrl-Z) uses up only one.
                 if not any(connection.poll(self.timeout / 2) for _ in range(2)):
                     raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
-                if problem := connection.recv():
-                    raise ChildProcessError(f"an environment raised {problem}")
+                if problem := connection.recv_bytes():
+                    raise ChildProcessError(f"an environment raised {problem.decode()}")
         except (EOFError, ConnectionError) as error:
             raise ChildProcessError("the process of an environment died") from error
 
     def close_extras(self, **kwargs):
         for connection in self.connections:
             with contextlib.suppress(OSError):
-                connection.send("close")
+                connection.send_bytes(b"close")
         for worker in self.workers:
             worker.join(timeout=1)
             worker.kill()
@@ -386,8 +385,8 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
     mine = {name: array[part] for name, array in arrays.items()}
     try:
         envs = [env_fn() for env_fn in env_fns[part]]
-        while (message := await_message(connection)) != "close":
-            if message == "step":
+        while (message := await_message(connection)) != b"close":
+            if message == b"step":
                 for i, env in enumerate(envs):
                     obs, mine["reward"][i], terminated, truncated, _ = env.step(mine["action"][i])
                     if terminated or truncated:
@@ -396,18 +395,19 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
                     mine["obs"][i] = obs
                     mine["terminated"][i], mine["truncated"][i] = terminated, truncated
             else:
-                np.random.seed(message[0])  # this and the next for environments that use them
-                random.seed(message[0])
-                for i, (env, seed) in enumerate(zip(envs, message, strict=True)):
+                seeds = mine["reset_seed"].tolist()
+                np.random.seed(seeds[0])  # this and the next for environments that use them
+                random.seed(seeds[0])
+                for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
                     mine["obs"][i], _ = env.reset(seed=seed)
-            connection.send(None)
+            connection.send_bytes(b"")
         for env in envs:
             env.close()
     except Exception as error:  # whatever a user's own environment raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(f"{type(error).__name__} {error}".split())
         with contextlib.suppress(ConnectionError):  # the main process is gone
-            connection.send(f"{text} ({place.filename}, line {place.lineno})")
+            connection.send_bytes(f"{text} ({place.filename}, line {place.lineno})".encode())
 
 
 def await_message(connection):
@@ -416,7 +416,7 @@ def await_message(connection):
     while not connection.poll() and time.perf_counter() < deadline:
         if hasattr(os, "sched_yield"):
             os.sched_yield()  # lets the other processes of this core run
-    return connection.recv()
+    return connection.recv_bytes()
 
 
 def start_episodes(
