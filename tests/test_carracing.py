@@ -310,6 +310,8 @@ RUN = (
     "1000000",
     "--num-minibatches",
     "2",
+    "--num-workers",
+    "2",
 )
 
 
