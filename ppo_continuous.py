@@ -298,7 +298,7 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
-        atexit.register(self.close)  # before the library's, by a signal that workers ignore
+        atexit.register(self.close)  # before multiprocessing's, by a signal that workers ignore
         for indices in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
             part = slice(int(indices[0]), int(indices[-1]) + 1)
             connection, theirs = multiprocessing.Pipe()
