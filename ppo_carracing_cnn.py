@@ -173,18 +173,19 @@ def check_args(args: Args) -> None:
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; leave it out")
+        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; give --no-cuda")
     if args.render and not args.evaluate:
         raise ValueError("--render needs --evaluate PATH")
     if args.env_id != "CarRacing-v3":
         raise ValueError(f"--env-id must be CarRacing-v3, not {args.env_id}")
     if args.evaluate and args.resume:
         raise ValueError("--evaluate and --resume exclude each other")
+    parse_env_kwargs(args)
     try:
         make_training_env(args).close()
         env = make_env(args, "human" if args.render else None)
         env.reset()
-    except Exception as error:  # whatever a user's own environment raises
+    except Exception as error:  # whatever --env-kwargs make CarRacing raise
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"--env-id {args.env_id} does not start: {reason}") from error
     env.close()
@@ -260,7 +261,7 @@ class LazyCarRacing(car_racing.CarRacing):
 
         edge = car_racing.PLAYFIELD
         field = [(edge, edge), (edge, -edge), (-edge, -edge), (-edge, edge)]
-        # The car is at (1/2, 1/4) of the window; this is at least how far out of 0 it shows.
+        # The car is at (1/2, 1/4) of the window, which shows nothing farther from the origin.
         far = max(map(abs, self.car.hull.position)) + math.hypot(width / 2, height * 3 / 4) / zoom
         color = [int(c) for c in self.bg_color] if far < edge else (0, 0, 0)
         # Surface.fill would write past the cache, and all that follows wait for the memory.
@@ -388,6 +389,24 @@ def make_training_env(args: Args) -> gym.Env:
     return AgentView(env, args, args.lost_after)
 
 
+class FreshEnv(gym.Wrapper):
+    """An environment that each reset with a seed makes anew, so that all follows from the seed.
+
+    (BipedalWalker's Box2D world, for one, outlives a reset, and what was in it changes the next
+    episode's digits.)
+    """
+
+    def __init__(self, env_fn):
+        super().__init__(env_fn())
+        self.env_fn = env_fn
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env.close()
+            self.env = self.env_fn()
+        return self.env.reset(seed=seed, options=options)
+
+
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     """`args.num_envs` environments that step together (detail 1), in worker processes."""
     env_fns = [functools.partial(make_training_env, args)] * args.num_envs
@@ -405,7 +424,7 @@ def make_sync_vector_env(env_fns: list) -> gym.vector.VectorEnv:
     Gymnasium's default mode a step follows whose action is ignored.)
     """
     return gym.vector.SyncVectorEnv(
-        env_fns,
+        [functools.partial(FreshEnv, env_fn) for env_fn in env_fns],
         copy=False,  # observations come in one buffer, which the next step overwrites
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
@@ -446,7 +465,8 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
-        atexit.register(self.close)  # before multiprocessing's, by a signal that workers ignore
+        # Otherwise multiprocessing would, at exit, wait for ever for workers that ignore SIGTERM.
+        atexit.register(self.close)
         for indices in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
             part = slice(int(indices[0]), int(indices[-1]) + 1)
             connection, theirs = multiprocessing.Pipe()
@@ -505,7 +525,7 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
     arrays = read_from_shared_memory(space, memory, len(env_fns))
     mine = {name: array[part] for name, array in arrays.items()}
     try:
-        envs = [env_fn() for env_fn in env_fns[part]]
+        envs = [FreshEnv(env_fn) for env_fn in env_fns[part]]
         while (message := await_message(connection)) != b"close":
             if message == b"step":
                 for i, env in enumerate(envs):
@@ -605,14 +625,14 @@ class Agent(nn.Module):
         # Validating the arguments would take longer than sampling.
         return Beta(alpha, beta, validate_args=False)
 
-    def judge(self, features: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+    def get_value_of(self, features: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
         """V(s), given what the body makes of it: (batch,)."""
         lap = obs[:, -1, 0, :1].float() / 32 - 4  # from -4 to 4
         return self.critic(torch.cat([features, lap], dim=1)).squeeze(-1)
 
     def get_value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (batch,)."""
-        return self.judge(self.get_features(obs), obs)
+        return self.get_value_of(self.get_features(obs), obs)
 
     def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
         """The action (sampled if none is given), its log-probability, the entropy and V(s)."""
@@ -620,7 +640,7 @@ class Agent(nn.Module):
         policy = self.get_policy(features)
         if action is None:
             action = policy.sample().clamp(1e-6, 1 - 1e-6)  # where the density is finite
-        value = self.judge(features, obs)
+        value = self.get_value_of(features, obs)
         return action, policy.log_prob(action).sum(-1), policy.entropy().sum(-1), value
 
     def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
@@ -1105,6 +1125,8 @@ class RunLog:
 def report(args, agent, log, device):
     """Compare the trained agent with a random one: print, plot, film, write result.json."""
     threshold = reward_threshold(args)
+    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
+    print(f"playing {args.eval_episodes} episodes with a random agent and with the trained one")
     random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
     returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
     result = {
@@ -1127,7 +1149,6 @@ def report(args, agent, log, device):
         | {module.__name__: module.__version__ for module in (torch, gym, np)},
     }
     (log.run_dir / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
     try:
         save_gif(log.run_dir / "agent.gif", args, agent, device)
     except Exception as error:  # whatever an environment raises that cannot be drawn here
@@ -1224,6 +1245,8 @@ def main() -> None:
             agent, saved = load_agent(path, "cpu")
             if args.resume and not read_checkpoint(path)[0].get("optimizer"):
                 raise ValueError(f"{path} holds no optimiser state: evaluate it, or train anew")
+            if args.resume and path.name != "agent.pt":  # it would be written there
+                raise ValueError(f"--resume takes the agent.pt of a run folder, not {path}")
             cuda = args.cuda if args.evaluate else saved.cuda
             args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
             for name in (

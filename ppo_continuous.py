@@ -114,7 +114,7 @@ class Args:
     """how far from 1 the ratio of new to old probability pays (the paper's epsilon)"""
     clip_vloss: bool = False
     """clip the value loss too (Engstrom et al. 2020 and Andrychowicz et al. 2021 found no gain)"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.002
     """weight of the entropy bonus (the paper's c_2)"""
     vf_coef: float = 0.5
     """weight of the value loss (the paper's c_1)"""
@@ -167,14 +167,16 @@ def check_args(args: Args) -> None:
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; leave it out")
+        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; give --no-cuda")
     if args.render and not args.evaluate:
         raise ValueError("--render needs --evaluate PATH")
     if args.evaluate and args.resume:
         raise ValueError("--evaluate and --resume exclude each other")
+    parse_env_kwargs(args)
     try:
         env = make_env(args, "human" if args.render else None)
         env.reset()
+        env.step(env.action_space.sample())
     except Exception as error:  # whatever a user's own environment raises
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"--env-id {args.env_id} does not start: {reason}") from error
@@ -228,7 +230,7 @@ def scale_actions(env: gym.Env) -> gym.Env:
     """
     low, high = env.action_space.low, env.action_space.high
     with np.errstate(over="ignore"):  # bounds as wide as this count as none
-        width = high - low
+        width = high.astype(np.float32) - low.astype(np.float32)
     bounded = np.isfinite(width)
     scale = np.where(bounded, width, 2) / 2
     shift = np.where(bounded, low + scale, 0)
@@ -238,6 +240,24 @@ def scale_actions(env: gym.Env) -> gym.Env:
         return np.clip(action * scale + shift, low, high).astype(low.dtype)
 
     return gym.wrappers.TransformAction(env, to_bounds, space)
+
+
+class FreshEnv(gym.Wrapper):
+    """An environment that each reset with a seed makes anew, so that all follows from the seed.
+
+    (BipedalWalker's Box2D world, for one, outlives a reset, and what was in it changes the next
+    episode's digits.)
+    """
+
+    def __init__(self, env_fn):
+        super().__init__(env_fn())
+        self.env_fn = env_fn
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env.close()
+            self.env = self.env_fn()
+        return self.env.reset(seed=seed, options=options)
 
 
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
@@ -257,7 +277,7 @@ def make_sync_vector_env(env_fns: list) -> gym.vector.VectorEnv:
     Gymnasium's default mode a step follows whose action is ignored.)
     """
     return gym.vector.SyncVectorEnv(
-        env_fns,
+        [functools.partial(FreshEnv, env_fn) for env_fn in env_fns],
         copy=False,  # observations come in one buffer, which the next step overwrites
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
@@ -298,7 +318,8 @@ class WorkerVectorEnv(gym.vector.VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.connections = [], []
-        atexit.register(self.close)  # before multiprocessing's, by a signal that workers ignore
+        # Otherwise multiprocessing would, at exit, wait for ever for workers that ignore SIGTERM.
+        atexit.register(self.close)
         for indices in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
             part = slice(int(indices[0]), int(indices[-1]) + 1)
             connection, theirs = multiprocessing.Pipe()
@@ -357,7 +378,7 @@ def run_worker(connection, others, env_fns, space, memory, part) -> None:
     arrays = read_from_shared_memory(space, memory, len(env_fns))
     mine = {name: array[part] for name, array in arrays.items()}
     try:
-        envs = [env_fn() for env_fn in env_fns[part]]
+        envs = [FreshEnv(env_fn) for env_fn in env_fns[part]]
         while (message := await_message(connection)) != b"close":
             if message == b"step":
                 for i, env in enumerate(envs):
@@ -1068,6 +1089,8 @@ class RunLog:
 def report(args, agent, log, device):
     """Compare the trained agent with a random one: print, plot, film, write result.json."""
     threshold = reward_threshold(args)
+    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
+    print(f"playing {args.eval_episodes} episodes with a random agent and with the trained one")
     random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
     returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
     result = {
@@ -1090,7 +1113,6 @@ def report(args, agent, log, device):
         | {module.__name__: module.__version__ for module in (torch, gym, np)},
     }
     (log.run_dir / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
     try:
         save_gif(log.run_dir / "agent.gif", args, agent, device)
     except Exception as error:  # whatever an environment raises that cannot be drawn here
@@ -1187,6 +1209,8 @@ def main() -> None:
             agent, saved = load_agent(path, "cpu")
             if args.resume and not read_checkpoint(path)[0].get("optimizer"):
                 raise ValueError(f"{path} holds no optimiser state: evaluate it, or train anew")
+            if args.resume and path.name != "agent.pt":  # it would be written there
+                raise ValueError(f"--resume takes the agent.pt of a run folder, not {path}")
             cuda = args.cuda if args.evaluate else saved.cuda
             args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
             for name in ("env_id", "env_kwargs", "norm_obs"):

@@ -151,14 +151,16 @@ def check_args(args: Args) -> None:
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; leave it out")
+        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; give --no-cuda")
     if args.render and not args.evaluate:
         raise ValueError("--render needs --evaluate PATH")
     if args.evaluate and args.resume:
         raise ValueError("--evaluate and --resume exclude each other")
+    parse_env_kwargs(args)
     try:
         env = make_env(args, "human" if args.render else None)
         env.reset()
+        env.step(env.action_space.sample())
     except Exception as error:  # whatever a user's own environment raises
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"--env-id {args.env_id} does not start: {reason}") from error
@@ -198,6 +200,24 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return env
 
 
+class FreshEnv(gym.Wrapper):
+    """An environment that each reset with a seed makes anew, so that all follows from the seed.
+
+    (BipedalWalker's Box2D world, for one, outlives a reset, and what was in it changes the next
+    episode's digits.)
+    """
+
+    def __init__(self, env_fn):
+        super().__init__(env_fn())
+        self.env_fn = env_fn
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env.close()
+            self.env = self.env_fn()
+        return self.env.reset(seed=seed, options=options)
+
+
 def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     """`args.num_envs` environments that step together (detail 1).
 
@@ -206,7 +226,7 @@ def make_vector_env(args: Args) -> gym.vector.VectorEnv:
     Gymnasium's default mode a step follows whose action is ignored.)
     """
     return gym.vector.SyncVectorEnv(
-        [lambda: make_env(args)] * args.num_envs,
+        [lambda: FreshEnv(lambda: make_env(args))] * args.num_envs,
         copy=False,  # observations come in one buffer, which the next step overwrites
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
@@ -833,6 +853,8 @@ class RunLog:
 def report(args, agent, log, device):
     """Compare the trained agent with a random one: print, plot, film, write result.json."""
     threshold = reward_threshold(args)
+    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
+    print(f"playing {args.eval_episodes} episodes with a random agent and with the trained one")
     random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
     returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
     result = {
@@ -855,7 +877,6 @@ def report(args, agent, log, device):
         | {module.__name__: module.__version__ for module in (torch, gym, np)},
     }
     (log.run_dir / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
     try:
         save_gif(log.run_dir / "agent.gif", args, agent, device)
     except Exception as error:  # whatever an environment raises that cannot be drawn here
@@ -952,6 +973,8 @@ def main() -> None:
             agent, saved = load_agent(path, "cpu")
             if args.resume and not read_checkpoint(path)[0].get("optimizer"):
                 raise ValueError(f"{path} holds no optimiser state: evaluate it, or train anew")
+            if args.resume and path.name != "agent.pt":  # it would be written there
+                raise ValueError(f"--resume takes the agent.pt of a run folder, not {path}")
             cuda = args.cuda if args.evaluate else saved.cuda
             args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
             for name in ("env_id", "env_kwargs", "norm_obs"):

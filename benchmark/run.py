@@ -2,11 +2,11 @@
 
     python benchmark/run.py CartPole-v1                   # train its seeds, one after the other
     python benchmark/run.py BipedalWalker-v3 --at-once 3  # side by side
-    python benchmark/run.py                               # the table and the curves of all records
+    python benchmark/run.py                               # tables and curves of all records
 
 For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json. `agent.pt` (to evaluate,
 not to resume), `training.png` and `agent.gif` are those of the seed whose mean return is the
-median, of two the better one.
+median, of two the better one. (`sb3.json` is of benchmark/sb3.py.)
 """
 
 import argparse
@@ -52,19 +52,19 @@ ROWS = {
         range(1, 4),
         "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 500000 --num-envs 16 "
         "--num-steps 200 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95 "
-        "--gae-lambda 0.95",
+        "--gae-lambda 0.95 --ent-coef 0",
     ),
     "MountainCarContinuous-v0": (
         range(1, 4),
         "ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 500000 "
         "--num-steps 256 --num-minibatches 32 --learning-rate 1e-3 --gamma 0.999 "
-        "--gae-lambda 0.98 --log-std-init 1.1",
+        "--gae-lambda 0.98 --ent-coef 0 --log-std-init 1.1",
     ),
     "LunarLanderContinuous": (
         range(1, 4),
         "ppo_continuous.py --env-id LunarLander-v3 --env-kwargs continuous=True "
         "--total-timesteps 4000000 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
-        "--gamma 0.999 --gae-lambda 0.98",
+        "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0",
     ),
     "BipedalWalker-v3": (range(1, 4), "ppo_continuous.py"),
     "BipedalWalkerHardcore-v3": (
@@ -74,6 +74,20 @@ ROWS = {
     ),
     "CarRacing-v3": (range(1, 3), "ppo_carracing_cnn.py"),
     "LunarLander-v3-multienv": (range(1, 4), "ppo_multienv.py"),
+}
+
+# What others have published: CleanRL, the rl-zoo, the best known of any kind.
+PUBLISHED = {
+    "CartPole-v1": ("490 (500k)", "500.0 (100k)", "500"),
+    "Acrobot-v1": ("-86.4", "-73.5 (1M)", ""),
+    "MountainCar-v0": ("-200", "-110.4 (1M)", ""),
+    "LunarLander-v3": ("", "242 (1M)", ""),
+    "Pendulum-v1": ("-1142", "-172 (100k)", "-151"),
+    "MountainCarContinuous-v0": ("", "88.3 (20k)", "96.7"),
+    "LunarLanderContinuous": ("", "271 (1M)", "284"),
+    "BipedalWalker-v3": ("172", "288 (5M)", "335; 313 by PPO"),
+    "BipedalWalkerHardcore-v3": ("", "122 (100M)", "235"),
+    "CarRacing-v3": ("", "about 430", "914 (another version), 897.7"),
 }
 
 
@@ -118,6 +132,34 @@ def records():
         if all(file.exists() for file in files):
             rows[name] = [json.loads(file.read_text()) for file in files]
     return rows
+
+
+def comparison():
+    """Print ours beside Stable-Baselines3's, trained here too, and what others have published."""
+    print(
+        "| environment | ours | Stable-Baselines3, rl-zoo's recipe | published: rl-zoo | CleanRL | "
+        "best known of any kind | threshold |"
+    )
+    print("|" + " --- |" * 7)
+    for name, results in records().items():
+        folder = ROOT / "benchmark" / name.removesuffix("-multienv")
+        file = folder / "sb3.json"
+        theirs = outcome(json.loads(file.read_text())) if file.exists() else ""
+        cleanrl, zoo, best = PUBLISHED.get(folder.name, ("", "", ""))
+        threshold = "" if results[0]["threshold"] is None else f"{results[0]['threshold']:g}"
+        columns = [name, outcome(results), theirs, zoo, cleanrl, best, threshold]
+        print("| " + " | ".join(columns) + " |")
+
+
+def outcome(results):
+    """The mean of the seeds' means, their deviation, the steps, the median seconds of learning."""
+    means = [result["eval_mean"] for result in results]
+    seconds = np.median([result["learning_seconds"] for result in results])
+    args = results[0].get("args", {})
+    steps = args.get("total_timesteps", float(f"{results[0]['global_step']:.2g}"))
+    steps = EngFormatter(places=0, sep="")(steps)
+    seeds = f"± {np.std(means, ddof=1):.1f} ({len(means)} seeds" if len(means) > 1 else "(1 seed"
+    return f"{np.mean(means):.1f} {seeds}, {steps}, {seconds:.0f} s)"
 
 
 def table():
@@ -173,5 +215,7 @@ if __name__ == "__main__":
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     for row in args.rows:
         train(row, args.at_once)
+    comparison()
+    print()
     table()
     draw_curves(ROOT / "benchmark" / "curves.png")

@@ -179,7 +179,7 @@ COMPARISONS = {
         "BipedalWalker-v3: both with the rl-zoo's hyper-parameters",
         lambda: ours(
             "ppo_continuous", num_envs=32, num_steps=2048, num_minibatches=1024, update_epochs=10,
-            gamma=0.999, gae_lambda=0.95, learning_rate=3e-4, clip_coef=0.18,
+            gamma=0.999, gae_lambda=0.95, learning_rate=3e-4, clip_coef=0.18, ent_coef=0.0,
             total_timesteps=131_072, warm_up=1,
         ),
         their_bipedalwalker,

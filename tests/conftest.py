@@ -48,7 +48,7 @@ def small(script, in_tmp):
         changes = dict(
             env_id="Pendulum-v1", env_kwargs=("max_episode_steps=20",), num_workers=0,
             norm_obs=False, norm_reward=False, gamma=0.98, gae_lambda=0.9, learning_rate=2e-3,
-            num_minibatches=4, log_std_init=0.0,
+            num_minibatches=4, ent_coef=0.0, log_std_init=0.0,
         )  # fmt: skip
     if script.__name__ == "ppo_multienv":
         changes = dict(

@@ -1,5 +1,6 @@
 """Bad input: one line on standard error, exit code 2, nothing on disk; and faults of a run."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_numbers_out_of_range(script, main, in_tmp, flag, value, allowed):
         (("--env-id", "toy_envs:DictObservation-v0"), ("--env-id", "Dict", "Flatten")),
         (("--env-id", "FrozenLake-v1"), ("--env-id FrozenLake-v1", "Discrete(16)", "Box")),
         (("--env-id", "toy_envs:Broken-v0"), ("--env-id", "no track no car")),
+        (("--env-id", "toy_envs:OldStep-v0"), ("--env-id", "does not start", "unpack")),
         (("--env-id", "toy_envs:ManyBounds-v0"), ("--env-id", "observes Box", "0.5")),
         (("--env-kwargs", "nonsense"), ("--env-kwargs",)),
         (("--env-kwargs", "gravity=oops("), ("--env-kwargs",)),
@@ -157,7 +159,7 @@ def test_evaluate_repeats_the_result(main, in_tmp):
     (path,) = in_tmp.glob("runs/*/agent.pt")
     before = sorted(path.parent.iterdir())
     code, output, _ = main("--evaluate", path)
-    assert code == 0 and output.splitlines() == [trained.splitlines()[2]]
+    assert code == 0 and output.splitlines() == trained.splitlines()[-1:]
     code, output, _ = main("--evaluate", path, "--eval-episodes", 7)
     assert code == 0 and "over 7 episodes" in output
     assert sorted(path.parent.iterdir()) == before
@@ -180,6 +182,10 @@ def test_resume_keeps_the_saved_settings_and_takes_new_ones(main, script, in_tmp
     code, _, errors = main("--resume", slim)
     assert code == 2 and "slim.pt holds no optimiser state" in errors
     assert main("--evaluate", slim)[0] == 0
+    copy = path.with_name("copy.pt")
+    shutil.copy(path, copy)
+    code, _, errors = main("--resume", copy)
+    assert code == 2 and "takes the agent.pt of a run folder" in errors and "copy.pt" in errors
     code, _, errors = main("--resume", path, "--evaluate", path)
     assert code == 2 and "exclude each other" in errors
     code, _, errors = main("--resume", path, "--env-id", "Acrobot-v1")

@@ -94,6 +94,13 @@ def test_actions_reach_the_environment_within_its_bounds():
     assert ppo_continuous.make_env(lunar).action_space == spaces.Box(-1, 1, (2,))
 
 
+def test_bounds_that_stand_for_none(recwarn):
+    env = ppo_continuous.make_env(ppo_continuous.Args(env_id="toy_envs:WideBounds-v0"))
+    env.reset(seed=1)
+    assert env.step(np.array([0.5, -7], np.float32))[0].tolist() == [0.5, -7]
+    assert not [warning for warning in recwarn if "precision" in str(warning.message)]
+
+
 def test_stored_actions_are_those_sampled(small):
     """Not the clipped ones, whose probability under the Gaussian is another."""
     args = dataclasses.replace(small, log_std_init=2.0)

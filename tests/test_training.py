@@ -59,15 +59,17 @@ def test_same_seed_same_weights(script, small):
     assert not any(torch.equal(first[name], other[name]) for name in first if "weight" in name)
 
 
-@pytest.mark.parametrize("box2d", [False, True])
+@pytest.mark.parametrize("env_id", [None, "LunarLander-v3", "Wears"])
 @pytest.mark.parametrize("changes", [{}, {"surrogate": "kl-penalty", "norm_obs": True}])
-def test_resumed_run_equals_straight_run(script, small, monkeypatch, box2d, changes):
+def test_resumed_run_equals_straight_run(script, small, toy, monkeypatch, env_id, changes):
     """Killed after a checkpoint and resumed, a run ends with the weights of one never stopped."""
-    if box2d:
+    if env_id == "Wears":
+        changes = changes | toy(env_id)
+    elif env_id:
         continuous = ("continuous=True",) if script.__name__ == "ppo_continuous" else ()
-        changes = changes | playing(script, "LunarLander-v3", *continuous)
+        changes = changes | playing(script, env_id, *continuous)
     if script.__name__ != "ppo_discrete":
-        changes = changes | {"norm_reward": True, "num_workers": 2 if box2d else 0}
+        changes = changes | {"norm_reward": True, "num_workers": 2 if env_id else 0}
     if script.__name__ == "ppo_multienv":
         changes.pop("surrogate", None)
     args = dataclasses.replace(small, **changes)
@@ -122,10 +124,10 @@ def test_what_a_run_leaves(script, small, capsys):
     assert result["args"]["num_steps"] == 16 and "torch" in result["versions"]
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"run folder {run_dir}" and len(lines) == 3
-    assert lines[1].startswith("random agent") and lines[1].endswith("over 3 episodes")
-    assert lines[2].startswith("trained agent")
-    assert lines[2].endswith(f"over 3 episodes, not solved (threshold {threshold})")
+    assert lines[0] == f"run folder {run_dir}" and len(lines) == 4
+    assert lines[2].startswith("random agent") and lines[2].endswith("over 3 episodes")
+    assert lines[3].startswith("trained agent")
+    assert lines[3].endswith(f"over 3 episodes, not solved (threshold {threshold})")
 
     events = EventAccumulator(str(run_dir))
     events.Reload()

@@ -46,6 +46,26 @@ class Terminating(Toy):
     terminate_after = 7
 
 
+class Wears(Toy):
+    """Pays by the number of its resets, which it cannot forget."""
+
+    resets = 0
+
+    def reset(self, **kwargs):
+        self.resets += 1
+        return super().reset(**kwargs)
+
+    def reward(self, action):
+        return self.resets / 10
+
+
+class OldStep(Toy):
+    """Returns from `step` what Gym once returned."""
+
+    def step(self, action):
+        return self.observe(), 1.0, False, {}
+
+
 class NanObservation(Toy):
     def observe(self):
         return np.array([self.label, np.nan if self.steps == 3 else 0], np.float32)
@@ -153,6 +173,15 @@ class Bounds(Toy):
         return float(action[0])
 
 
+class WideBounds(Toy):
+    """Bounds that stand for none, in float64; the observation is the action that arrived."""
+
+    action_space = spaces.Box(-3.4028234663852886e38, 3.4028234663852886e38, (2,), np.float64)
+
+    def step(self, action):
+        return action.astype(np.float32), 1.0, False, False, {}
+
+
 class FarTarget(Toy):
     """Pays the most, 0, for the action 4.5 of 0 to 6."""
 
@@ -187,8 +216,7 @@ def with_box_actions(cls):
 for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
-    FarTarget,
-    IntegerActions, MatrixActions, ManyBounds,
+    FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds,
 ):  # fmt: skip
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
     box = with_box_actions(cls)
