@@ -196,7 +196,7 @@ def draw_curves(path):
             axis.plot(grid_x, returns.mean(0))
             if results[0]["threshold"] is not None:
                 axis.axhline(results[0]["threshold"], color="black", linestyle="--")
-            axis.set(title=f"{name}, {len(results)} seeds", xlabel=key)
+            axis.set(title=f"{name}, seeds: {len(results)}", xlabel=key)
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.grid(alpha=0.3)
         axes[0].set(xlabel="environment steps", ylabel="return, last 100 episodes")
