@@ -229,12 +229,14 @@ def scale_actions(env: gym.Env) -> gym.Env:
     has one.
     """
     low, high = env.action_space.low, env.action_space.high
+    least, most = low.astype(np.float32), high.astype(np.float32)
     with np.errstate(over="ignore"):  # bounds as wide as this count as none
-        width = high.astype(np.float32) - low.astype(np.float32)
+        width = most - least
     bounded = np.isfinite(width)
     scale = np.where(bounded, width, 2) / 2
     shift = np.where(bounded, low + scale, 0)
-    space = spaces.Box(np.where(bounded, -1, low), np.where(bounded, 1, high), dtype=np.float32)
+    ones = np.ones_like(least)
+    space = spaces.Box(np.where(bounded, -ones, least), np.where(bounded, ones, most))
 
     def to_bounds(action):
         return np.clip(action * scale + shift, low, high).astype(low.dtype)

@@ -69,8 +69,9 @@ ROWS = {
     "BipedalWalker-v3": (range(1, 4), "ppo_continuous.py"),
     "BipedalWalkerHardcore-v3": (
         range(1, 2),
-        "ppo_continuous.py --env-id BipedalWalkerHardcore-v3 --total-timesteps 10000000 "
-        "--num-envs 64 --num-steps 256 --gamma 0.995 --gae-lambda 0.9 --ent-coef 0.005",
+        "ppo_continuous.py --env-id BipedalWalkerHardcore-v3 --total-timesteps 16000000 "
+        "--num-envs 64 --num-steps 256 --learning-rate 3e-4 --gamma 0.995 --gae-lambda 0.9 "
+        "--ent-coef 0.005 --target-kl 0.02",
     ),
     "CarRacing-v3": (range(1, 3), "ppo_carracing_cnn.py"),
     "LunarLander-v3-multienv": (range(1, 4), "ppo_multienv.py"),
