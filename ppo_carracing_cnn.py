@@ -261,7 +261,7 @@ class LazyCarRacing(car_racing.CarRacing):
 
         edge = car_racing.PLAYFIELD
         field = [(edge, edge), (edge, -edge), (-edge, -edge), (-edge, edge)]
-        # The car is at (1/2, 1/4) of the window, which shows nothing farther from the origin.
+        # The car is at (1/2, 1/4) of the window: nothing farther than this from the origin shows.
         far = max(map(abs, self.car.hull.position)) + math.hypot(width / 2, height * 3 / 4) / zoom
         color = [int(c) for c in self.bg_color] if far < edge else (0, 0, 0)
         # Surface.fill would write past the cache, and all that follows wait for the memory.

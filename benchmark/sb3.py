@@ -1,10 +1,10 @@
 """Train Stable-Baselines3's PPO by rl-baselines3-zoo's recipes; play its agents as ours are played.
 
     pip install stable-baselines3
-    python benchmark/sb3.py CartPole-v1                       # train seeds 1 to 3
-    python benchmark/sb3.py BipedalWalker-v3 --seeds 1 2 3 4  # or others
+    python benchmark/sb3.py CartPole-v1                   # train seeds 1 to 3
+    python benchmark/sb3.py BipedalWalker-v3 --seeds 2 4  # or these; the others' records stay
 
-The recipes are those of rl_zoo3 2.9.2 (hyperparams/ppo.yml), shortened in nothing. The agents are
+The recipes are those of rl_zoo3 2.9.2 (hyperparams/ppo.yml), with all their steps. The agents are
 evaluated by our script's `evaluate`: deterministic actions, the very episodes that our agents of
 the same seed play. `benchmark/<name>/sb3.json` holds what came out; `python benchmark/run.py` puts
 it beside ours. Seconds are those of `learn`, on a CPU, PyTorch with one thread, without a logger.
@@ -135,13 +135,15 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)
     for row in args.rows:
-        results = []
+        path = ROOT / "benchmark" / row / "sb3.json"
         for seed in args.seeds:
-            results.append(train(row, seed))
+            result = train(row, seed)
             print(
                 "{seed}: {eval_mean:.1f} ± {eval_std:.1f} after {global_step:,} steps, "
-                "{learning_seconds:.0f} s".format(**results[-1]),
+                "{learning_seconds:.0f} s".format(**result),
                 flush=True,
             )
-            path = ROOT / "benchmark" / row / "sb3.json"
+            results = json.loads(path.read_text()) if path.exists() else []
+            others = [other for other in results if other["seed"] != seed]
+            results = sorted([*others, result], key=lambda each: each["seed"])
             path.write_text(json.dumps(results) + "\n")

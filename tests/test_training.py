@@ -125,6 +125,7 @@ def test_what_a_run_leaves(script, small, capsys):
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"run folder {run_dir}" and len(lines) == 4
+    assert lines[1] == "playing 3 episodes with a random agent and with the trained one"
     assert lines[2].startswith("random agent") and lines[2].endswith("over 3 episodes")
     assert lines[3].startswith("trained agent")
     assert lines[3].endswith(f"over 3 episodes, not solved (threshold {threshold})")
