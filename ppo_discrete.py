@@ -34,14 +34,14 @@ import ast
 import contextlib
 import copy
 import hashlib
-import importlib
 import json
 import math
 import signal
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -108,20 +108,23 @@ def make_env(args: Args, training: bool = True, render_mode: str | None = None) 
     if not training and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
     if start := getattr(env.action_space, "start", 0):
-        actions = Discrete(env.action_space.n)
-        env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
-    return PlainEnv(gym.wrappers.FlattenObservation(env))
+        env = gym.wrappers.TransformAction(env, lambda a: a + start, Discrete(env.action_space.n))
+    if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return PlainEnv(env)
 
 
 class PlainEnv(gym.Wrapper):
-    """Makes rewards floats and drops infos, which vector environments cannot always merge."""
+    """What vector environments can store: arrays that are not reused, float rewards, no infos."""
 
     def reset(self, *, seed=None, options=None):
-        return self.env.reset(seed=seed, options=options)[0], {}
+        obs, _ = self.env.reset(seed=seed, options=options)
+        return np.array(obs, np.float32), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return obs, np.asarray(reward, np.float64).item(), terminated, truncated, {}
+        obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
+        return obs, reward, terminated, truncated, {}
 
 
 def make_vector_env(args: Args, training: bool = True, render_mode=None) -> VectorEnv:
@@ -383,11 +386,12 @@ def update(agent, optimizer, rollout, advantages, returns, args, kl_coef=1.0):
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
-    old_agent, history = copy.deepcopy(agent).requires_grad_(False), []
+    old_agent, history = copy.deepcopy(agent) if args.surrogate == "kl-penalty" else None, []
     for mb in minibatches(len(obs), args, obs.device):
         policy, new_values = agent(obs[mb])
-        new_logprobs, entropy = policy.log_prob(actions[mb]), policy.entropy()
-        mb_advantages = advantages[mb]
+        new_logprobs, mb_advantages = policy.log_prob(actions[mb]), advantages[mb]
+        with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus it is only logged
+            entropy = policy.entropy()
         if args.norm_adv:  # detail 7
             mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
         if args.surrogate == "clip":
@@ -396,7 +400,9 @@ def update(agent, optimizer, rollout, advantages, returns, args, kl_coef=1.0):
                 entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
             )  # fmt: skip
         else:
-            kl = kl_divergence(old_agent.get_policy(obs[mb]), policy)
+            with torch.no_grad():
+                old_policy = old_agent.get_policy(obs[mb])
+            kl = kl_divergence(old_policy, policy)
             loss, metrics = ppo_penalty_loss(
                 new_logprobs, logprobs[mb], mb_advantages, kl, new_values, values[mb], returns[mb],
                 entropy, kl_coef, args.vf_coef, args.ent_coef, args.clip_vloss, args.clip_coef,
@@ -411,6 +417,7 @@ def update(agent, optimizer, rollout, advantages, returns, args, kl_coef=1.0):
         optimizer.step()
 
     means = {name: torch.stack([m[name] for m in history]).mean().item() for name in metrics}
+    means["explained_variance"] = 1 - ((returns - values).var() / (returns.var() + 1e-8)).item()
     if args.surrogate == "kl-penalty":
         kl = kl_divergence(old_agent.get_policy(obs), agent.get_policy(obs)).mean().item()
         means |= {"kl": kl, "kl_coef": kl_coef}
@@ -439,7 +446,10 @@ def train(args: Args) -> dict:
     learning_rates = [lr, lr if critic_lr is None else critic_lr]
     networks = [{"params": agent.actor.parameters()}, {"params": agent.critic.parameters()}]
     optimizer = torch.optim.Adam(networks, eps=1e-5, fused=True)  # detail 3
-    progress = load_progress(args, agent, optimizer) if args.resume else Progress(args.kl_coef)
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
+    progress.kl_coef, progress.episodes, progress.iterations = args.kl_coef, [], []
+    if args.resume:
+        load_progress(args, agent, optimizer, progress)
     next_obs = reset_envs(envs, args, progress.iteration)
     batch_size = args.num_envs * args.num_steps
     total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
@@ -466,7 +476,7 @@ def train(args: Args) -> dict:
             if args.norm_obs:
                 agent.normalize.update(rollout.obs)
             progress.learning_seconds += time.perf_counter() - started
-            log_iteration(run, progress, rollout, returns, metrics, optimizer)
+            log_iteration(run, progress, rollout, metrics, optimizer)
             run.checkpoint = make_checkpoint(args, agent, optimizer, progress)
             if progress.iteration % args.checkpoint_interval == 0:
                 save_checkpoint(run)
@@ -531,12 +541,11 @@ def check_args(args):
     most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": half}
     for name, value in vars(args).items():
         low = 0 if isinstance(value, float) or name in ("seed", "eval_episodes") else 1
-        high, flag = most.get(name, sys.float_info.max), f"--{name.replace('_', '-')}"
+        high, flag = most.get(name, 1e308), f"--{name.replace('_', '-')}"
         if type(value) in (int, float):
             refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
     refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU that PyTorch can use")
-    no_wandb = importlib.util.find_spec("wandb") is None
-    refuse(args.track and no_wandb, "--track needs Weights & Biases: pip install wandb")
+    refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
     env = make_env(args, render_mode="human" if args.render else None)
@@ -563,19 +572,6 @@ def parse_env_kwargs(args):
         raise BadInput(f"--env-kwargs takes NAME=LITERAL, not {args.env_kwargs}") from None
 
 
-@dataclass
-class Progress:
-    """What a run has done so far."""
-
-    kl_coef: float
-    iteration: int = 0
-    global_step: int = 0
-    learning_seconds: float = 0.0
-    resumes: int = 0
-    episodes: list = field(default_factory=list)  # (global step, return, length) of each
-    iterations: list = field(default_factory=list)  # metrics of each
-
-
 def check_finite(progress, **numbers):
     """FloatingPointError if one of the tensors or floats is not finite."""
     for name, number in numbers.items():
@@ -598,13 +594,13 @@ def save_checkpoint(run):
     (run.folder / "agent.tmp").replace(run.folder / "agent.pt")
 
 
-def load_progress(args, agent, optimizer):
-    """Load agent and optimizer from `args.resume`; returns the Progress."""
+def load_progress(args, agent, optimizer, progress):
+    """Continue from `args.resume`; the KL coefficient is that of `args`."""
     checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    resumes = checkpoint["progress"].pop("resumes") + 1
-    return Progress(**checkpoint["progress"] | {"kl_coef": args.kl_coef}, resumes=resumes)
+    vars(progress).update(checkpoint["progress"] | {"kl_coef": args.kl_coef})
+    progress.resumes += 1
 
 
 def load_agent(path, device):
@@ -634,7 +630,8 @@ def open_run(args, progress, total_steps):
     script = Path(__file__).read_bytes()
     (folder / f"{Args.exp_name}.py").write_bytes(script)
     if args.track:
-        wandb = importlib.import_module("wandb")
+        import wandb
+
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
     run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
     run.sha256 = hashlib.sha256(script).hexdigest()
@@ -656,7 +653,7 @@ def open_run(args, progress, total_steps):
         sys.exit(128 + stopped[0])
 
 
-def log_iteration(run, progress, rollout, returns, metrics, optimizer):
+def log_iteration(run, progress, rollout, metrics, optimizer):
     """Log metrics, and the episodes that ended, each at the step of its last transition."""
     dones, ended = rollout.terminations | rollout.truncations, False
     transitions = zip(rollout.rewards.flatten().tolist(), dones.flatten().tolist(), strict=True)
@@ -668,8 +665,6 @@ def log_iteration(run, progress, rollout, returns, metrics, optimizer):
             run.writer.add_scalar("charts/episodic_return", episode[0], step)
             run.writer.add_scalar("charts/episodic_length", episode[1], step)
             episode[:], ended = (0.0, 0), True
-    unexplained = (returns - rollout.values).var() / returns.var()
-    metrics["explained_variance"] = 1 - unexplained.item()
     scalars = {f"losses/{name}": value for name, value in metrics.items()}
     scalars["charts/SPS"] = progress.global_step / progress.learning_seconds
     scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]

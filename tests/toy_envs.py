@@ -99,10 +99,12 @@ class NanReward(Toy):
 
 
 class DictObservation(Toy):
-    observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32)})
+    observation_space = spaces.Dict(
+        {"a": spaces.Box(-1, 1, (2,), np.float32), "b": spaces.Discrete(3)}
+    )
 
     def observe(self):
-        return {"a": np.zeros(2, np.float32)}
+        return {"a": np.array([0.25, 0.5], np.float32), "b": 1}
 
 
 class CountsFromFive(Toy):
@@ -199,6 +201,137 @@ class MatrixActions(Toy):
     action_space = spaces.Box(-1.0, 1.0, (2, 2))
 
 
+class Staggered(Toy):
+    """Ends after 3 to 7 steps: terminates if the label is even, is truncated if it is odd."""
+
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        ended, odd = self.steps == 3 + self.label // 2 % 5, bool(self.label % 2)
+        return obs, reward, ended and not odd, ended and odd, info
+
+
+class BothFlags(Toy):
+    """Terminates at the step at which the time limit truncates it."""
+
+    terminate_after = 10
+
+
+class FarAway(Toy):
+    """Observations far outside of [-10, 10]."""
+
+    def observe(self):
+        return np.array([1000, -self.steps], np.float32)
+
+
+class TupleObservation(Toy):
+    observation_space = spaces.Tuple([spaces.Discrete(3), spaces.Box(-1, 1, (2,), np.float32)])
+
+    def observe(self):
+        return 2, np.array([0.25, 0.5], np.float32)
+
+
+class MultiDiscreteObservation(Toy):
+    observation_space = spaces.MultiDiscrete([2, 3])
+
+    def observe(self):
+        return np.array([1, 0])
+
+
+class Image(Toy):
+    observation_space = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
+    def observe(self):
+        return np.full((4, 4, 3), self.steps, np.uint8)
+
+
+class SequenceObservation(Toy):
+    """An observation without a fixed length."""
+
+    observation_space = spaces.Sequence(spaces.Discrete(3))
+
+    def observe(self):
+        return (1, 2)
+
+
+class Untidy(Toy):
+    """A list for an observation, an array for a reward, arrays of changing length in the info."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        info = {"path": np.zeros(self.steps), "note": [None] * self.steps}
+        return obs.tolist(), np.array([reward]), terminated, truncated, info
+
+    def reset(self, **kwargs):
+        obs, _ = super().reset(**kwargs)
+        return obs.tolist(), {"path": np.zeros(self.label % 7)}
+
+
+class SharesItsArray(Toy):
+    """Every observation is written into the same array."""
+
+    def observe(self):
+        self.array = getattr(self, "array", np.zeros(2, np.float32))
+        self.array[:] = self.label, self.steps
+        return self.array
+
+
+class OldReset(Toy):
+    """Returns from `reset` what Gym once returned."""
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0]
+
+
+class WrongLength(Toy):
+    def observe(self):
+        return np.zeros(3, np.float32)
+
+
+class WrongLengthInDict(Toy):
+    observation_space = spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32)})
+
+    def observe(self):
+        return {"a": np.zeros(3, np.float32)}
+
+
+class WithoutLimit(Toy):
+    """Never ends."""
+
+
+class RaisesInInit(Toy):
+    def __init__(self):
+        raise RuntimeError("no track")
+
+
+class RaisesInReset(Toy):
+    def reset(self, **kwargs):
+        raise RuntimeError("no track")
+
+
+class RaisesInFirstStep(Toy):
+    def reward(self, action):
+        raise RuntimeError("no track")
+
+
+class RaisesGymError(Toy):
+    """Raises, in mid-episode, an error of Gymnasium's own kind."""
+
+    def reward(self, action):
+        if self.steps == 3:
+            raise gym.error.InvalidAction("no track")
+        return 1.0
+
+
+class NeedsModule(Toy):
+    """Imports, in mid-episode, a package that is not there."""
+
+    def reward(self, action):
+        if self.steps == 3:
+            import no_such_module  # noqa: F401
+        return 1.0
+
+
+
 def with_box_actions(cls):
     """The same environment for actions of two numbers; more than 0 in the first is action 1."""
 
@@ -214,13 +347,17 @@ def with_box_actions(cls):
 
 
 for cls in (
+    Staggered, BothFlags, FarAway, TupleObservation, MultiDiscreteObservation, Image, Untidy,
+    SequenceObservation, SharesItsArray, OldReset, WrongLength, WrongLengthInDict, WithoutLimit,
+    RaisesInInit, RaisesInReset, RaisesInFirstStep, RaisesGymError, NeedsModule,
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
     FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds,
 ):  # fmt: skip
-    gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=10)
+    limit = None if cls is WithoutLimit else 10
+    gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
     box = with_box_actions(cls)
-    gym.register(f"{cls.__name__}Box-v0", entry_point=box, max_episode_steps=10)
+    gym.register(f"{cls.__name__}Box-v0", entry_point=box, max_episode_steps=limit)
 gym.register(
     "ShortCartPole-v0",
     entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv",

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ON_VECTORS
+
+from old.conftest import ON_VECTORS
 
 pytestmark = ON_VECTORS
 
@@ -48,7 +49,7 @@ def test_cut_short_at_any_length_is_refused(script, checkpoint):
         {"script": "ppo_other", "args": {}, "agent": {}},
         {"agent": {}},
         [1, 2, 3],
-        {"script": "ppo_discrete", "args": {"unknown": 1}},
+        {"script": "ppo_continuous", "args": {"unknown": 1}},
         np.ones(3),
     ],
 )

@@ -10,7 +10,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import toy_envs  # noqa: F401
-from conftest import WITH_WORKERS
+
+from old.conftest import WITH_WORKERS
 
 pytestmark = WITH_WORKERS
 

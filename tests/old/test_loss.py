@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import WITH_PENALTY
+
+from old.conftest import WITH_PENALTY
 
 ONE = torch.ones(1)
 ZERO = torch.zeros(1)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_VECTORS, playing
+
+from old.conftest import ON_VECTORS, playing
 
 pytestmark = ON_VECTORS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def assert_refused(result, in_tmp, *words):
@@ -78,7 +79,6 @@ def test_settings_that_cannot_work(main, in_tmp, flags, words):
 
 def test_the_wrong_kind_of_actions(script, main, in_tmp):
     env_id, words = {
-        "ppo_discrete": ("Pendulum-v1", "not Discrete"),
         "ppo_continuous": ("CartPole-v1", "vectors"),
         "ppo_multienv": ("toy_envs:MatrixActions-v0", "vectors"),
     }[script.__name__]

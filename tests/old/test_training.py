@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import ON_VECTORS, playing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from old.conftest import ON_VECTORS, playing
 
 pytestmark = ON_VECTORS
 
@@ -68,8 +69,7 @@ def test_resumed_run_equals_straight_run(script, small, toy, monkeypatch, env_id
     elif env_id:
         continuous = ("continuous=True",) if script.__name__ == "ppo_continuous" else ()
         changes = changes | playing(script, env_id, *continuous)
-    if script.__name__ != "ppo_discrete":
-        changes = changes | {"norm_reward": True, "num_workers": 2 if env_id else 0}
+    changes = changes | {"norm_reward": True, "num_workers": 2 if env_id else 0}
     if script.__name__ == "ppo_multienv":
         changes.pop("surrogate", None)
     args = dataclasses.replace(small, **changes)

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import ON_VECTORS
+
+from old.conftest import ON_VECTORS
 
 pytestmark = ON_VECTORS
 

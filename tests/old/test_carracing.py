@@ -12,11 +12,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS
 from gymnasium import spaces
 from gymnasium.envs.box2d.car_racing import CarRacing
 
 import ppo_carracing_cnn as script_module
+from old.conftest import SCRIPTS
 
 CPU = torch.device("cpu")
 ONLY_CARRACING = pytest.mark.parametrize("script", ["ppo_carracing_cnn"], indirect=True)

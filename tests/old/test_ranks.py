@@ -15,7 +15,7 @@ import torch
 
 import ppo_multienv
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = (
     "--env-ids", "CartPole-v1", "--num-envs", "4", "--num-steps", "16", "--total-timesteps", "1024",
     "--num-minibatches", "4", "--update-epochs", "2", "--num-workers", "1", "--eval-episodes", "2",

@@ -1,4 +1,7 @@
-"""Fixtures that the tests of all scripts share."""
+"""Fixtures of the tests of the scripts that are not yet rebuilt to the second design.
+
+A rebuilt script leaves SCRIPTS here and joins CONVERTED in tests/conftest.py.
+"""
 
 import dataclasses
 import importlib
@@ -10,17 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_carracing_cnn", "ppo_multienv"]
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ["ppo_continuous", "ppo_carracing_cnn", "ppo_multienv"]
 
 
 def only(*scripts):
     """A mark: the test is for these scripts."""
-    return pytest.mark.parametrize("script", scripts, indirect=True)
+    left = [script for script in scripts if script in SCRIPTS]
+    return pytest.mark.parametrize("script", left, indirect=True)
 
 
-ON_VECTORS = only("ppo_discrete", "ppo_continuous", "ppo_multienv")
-WITH_PENALTY = only("ppo_discrete", "ppo_continuous")
+ON_VECTORS = only("ppo_continuous", "ppo_multienv")
+WITH_PENALTY = only("ppo_continuous")
 WITH_WORKERS = only("ppo_continuous", "ppo_carracing_cnn", "ppo_multienv")
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
