@@ -36,6 +36,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -62,7 +63,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """Train PPO on an environment with discrete actions. The defaults are for CartPole-v1."""
+    """Train PPO on an environment with discrete actions. The defaults suit CartPole-v1."""
 
     exp_name: str = "ppo_discrete"  # name of the experiment, part of the run folder's name
     seed: int = 1  # random seed
@@ -107,7 +108,7 @@ def make_env(args: Args, training: bool = True, render_mode: str | None = None) 
     env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if not training and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
-    if start := getattr(env.action_space, "start", 0):
+    if isinstance(env.action_space, Discrete) and (start := env.action_space.start) != 0:
         env = gym.wrappers.TransformAction(env, lambda a: a + start, Discrete(env.action_space.n))
     if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
@@ -119,12 +120,12 @@ class PlainEnv(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, _ = self.env.reset(seed=seed, options=options)
-        return np.array(obs, np.float32), {}
+        return np.array(obs, self.observation_space.dtype), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        obs, reward = np.array(obs, np.float32), np.asarray(reward, np.float64).item()
-        return obs, reward, terminated, truncated, {}
+        obs = np.array(obs, self.observation_space.dtype)
+        return obs, np.asarray(reward, np.float64).item(), terminated, truncated, {}
 
 
 def make_vector_env(args: Args, training: bool = True, render_mode=None) -> VectorEnv:
@@ -354,9 +355,9 @@ def collect_rollout(agent, envs, next_obs, args, device):
     """
     if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
         raise ValueError("envs must be made with autoreset_mode=AutoresetMode.SAME_STEP")
-    shape, final_obs = (args.num_steps, envs.num_envs), []
+    shape, space, final_obs = (args.num_steps, envs.num_envs), envs.single_action_space, []
     obs = torch.zeros(*shape, *envs.single_observation_space.shape, device=device)
-    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
         obs[t] = torch.from_numpy(next_obs)
@@ -444,8 +445,9 @@ def train(args: Args) -> dict:
     agent = Agent(obs_space, action_space, args.norm_obs, args.hidden_size).to(device)
     lr, critic_lr = args.learning_rate, args.critic_learning_rate
     learning_rates = [lr, lr if critic_lr is None else critic_lr]
-    networks = [{"params": agent.actor.parameters()}, {"params": agent.critic.parameters()}]
-    optimizer = torch.optim.Adam(networks, eps=1e-5, fused=True)  # detail 3
+    actor, critic = agent.actor.parameters(), agent.critic.parameters()
+    groups = [{"params": actor}, {"params": critic}]
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # detail 3
     progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
     progress.kl_coef, progress.episodes, progress.iterations = args.kl_coef, [], []
     if args.resume:
@@ -538,9 +540,10 @@ def refuse(condition, reason):
 def check_args(args):
     """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
     half = args.num_envs * args.num_steps // 2
+    least = {"seed": 0, "eval_episodes": 0}
     most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": half}
     for name, value in vars(args).items():
-        low = 0 if isinstance(value, float) or name in ("seed", "eval_episodes") else 1
+        low = least.get(name, 1 if isinstance(value, int) else 0)
         high, flag = most.get(name, 1e308), f"--{name.replace('_', '-')}"
         if type(value) in (int, float):
             refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
@@ -548,7 +551,11 @@ def check_args(args):
     refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
-    env = make_env(args, render_mode="human" if args.render else None)
+    try:
+        env = make_env(args, render_mode="human" if args.render else None)
+    except TypeError as error:
+        refuse("unexpected keyword argument" in str(error), f"--env-kwargs: {error}")
+        raise
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
     refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
@@ -728,6 +735,7 @@ def save_plot(path, args, progress):
 
 def save_gif(path, args, agent, device):
     """Film a random agent (left) and the trained one (right); a line says if it can't be drawn."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     try:
         envs = make_vector_env(replace(args, num_envs=2), training=False, render_mode="rgb_array")
         obs, frames = envs.reset(seed=[args.seed] * 2)[0], []
@@ -754,6 +762,7 @@ def stop(number, _):
 
 def main() -> None:
     """Train, continue a run (--resume), or evaluate a checkpoint (--evaluate)."""
+    gym.logger.min_level = gym.logger.ERROR
     args = tyro.cli(Args)
     try:
         if path := args.evaluate or args.resume:
@@ -768,14 +777,15 @@ def main() -> None:
             play(agent.to(device), args, args.eval_episodes, device)
         else:
             train(args)
-    except (BadInput, gym.error.Error, ModuleNotFoundError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        sys.exit(2)
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        error.add_note(f"environment {args.env_id}")
-        raise
+        if not isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError):
+            error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
+            raise
+        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id}:"
+        print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,213 @@
+"""Fixtures that the tests of all scripts share.
+
+To add a script: append it to CONVERTED, check its line in SMALL, and remove it from
+tests/old/conftest.py. What only one script does is tested in a file of its own.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gymnasium import spaces
+
+ROOT = Path(__file__).parents[1]
+CONVERTED = ["ppo_discrete"]
+
+# The settings that make a run of 8 iterations of 4 x 16 steps out of each script's defaults.
+FAST = dict(gamma=0.98, gae_lambda=0.9, learning_rate=2e-3, num_minibatches=4, ent_coef=0.0)
+RAW = dict(norm_obs=False, norm_reward=False)
+SMALL = {
+    "ppo_discrete": FAST,
+    "ppo_continuous": FAST | RAW | {"env_id": "Pendulum-v1", "log_std_init": 0.0},
+    "ppo_multienv": FAST | RAW | {"env_ids": ("CartPole-v1",), "num_workers": 0},
+}
+
+os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
+os.environ["SDL_AUDIODRIVER"] = "dummy"
+
+
+def only(*scripts):
+    """A mark: the test is for these scripts, once they are converted."""
+    converted = [script for script in scripts if script in CONVERTED]
+    return pytest.mark.parametrize("script", converted, indirect=True)
+
+
+ONCE = only("ppo_discrete")  # text that all scripts share, exercised at length in one of them
+WITH_PENALTY = only("ppo_discrete", "ppo_continuous")
+
+
+@pytest.fixture(params=CONVERTED, scope="session")
+def script(request):
+    """Each converted script in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """An empty folder, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def small_args(script):
+    return dataclasses.replace(
+        script.Args(), num_envs=4, num_steps=16, total_timesteps=512, update_epochs=2,
+        checkpoint_interval=3, eval_episodes=0, **SMALL[script.__name__],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small(script, in_tmp):
+    """Args of a run of less than a second: 8 iterations of 4 x 16 steps, no evaluation."""
+    return small_args(script)
+
+
+@pytest.fixture
+def flags(script):
+    """Gives the command line for `small`, with other values and any further flags."""
+
+    def flags(**changes):
+        small = dataclasses.asdict(dataclasses.replace(small_args(script), **changes))
+        default = dataclasses.asdict(script.Args())
+        words = []
+        for name, value in small.items():
+            flag = name.replace("_", "-")
+            if value != default[name] and isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value != default[name]:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{flag}", *map(str, values)]
+        return words
+
+    return flags
+
+
+@pytest.fixture
+def playing(script):
+    """Gives the settings by which the script plays an environment."""
+
+    def playing(env_id, *env_kwargs):
+        name = "env_ids" if script.__name__ == "ppo_multienv" else "env_id"
+        return {name: (env_id,) if name == "env_ids" else env_id, "env_kwargs": env_kwargs}
+
+    return playing
+
+
+@pytest.fixture
+def toy(script, playing):
+    """Gives the settings for a toy environment, with the kind of actions that the script takes."""
+    kind = "Box" if script.__name__ == "ppo_continuous" else ""
+    return lambda name, *env_kwargs: playing(f"toy_envs:{name}{kind}-v0", *env_kwargs)
+
+
+@pytest.fixture
+def action_space(script):
+    """A space that the script can act in."""
+    return spaces.Box(-1, 1, (2,)) if script.__name__ == "ppo_continuous" else spaces.Discrete(4)
+
+
+@pytest.fixture
+def agent(script, action_space):
+    """An agent for observations (3,), away from the nearly uniform policy of the start."""
+    torch.manual_seed(0)
+    agent = script.Agent(spaces.Box(-1, 1, (3,)), action_space)
+    with torch.no_grad():
+        for weight in agent.parameters():
+            weight.add_(0.5 * torch.randn_like(weight))
+    return agent
+
+
+@pytest.fixture(scope="session")
+def trained(script, tmp_path_factory):
+    """A small run from beginning to end: args, result, folder, output. Only to be looked at."""
+    args = dataclasses.replace(small_args(script), eval_episodes=3)
+    output, folder = io.StringIO(), tmp_path_factory.mktemp(script.__name__)
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+        result = script.train(args)
+    folder = folder / result["run_dir"]
+    path = folder / "agent.pt"
+    return SimpleNamespace(
+        args=args, result=result, folder=folder, path=path, output=output.getvalue()
+    )
+
+
+@pytest.fixture
+def record_updates(script, monkeypatch):
+    """A list to which each call of `update` in `train` adds what it was given."""
+    calls, update = [], script.update
+
+    def spy(agent, optimizer, rollout, advantages, returns, args, *rest):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        steps = {int(state["step"]) for state in optimizer.state.values()}
+        weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+        metrics = update(agent, optimizer, rollout, advantages, returns, args, *rest)
+        calls.append(
+            SimpleNamespace(
+                rates=rates, steps=steps, weights=weights, rollout=rollout, rest=rest,
+                metrics=dict(metrics), advantages=advantages, returns=returns,
+            )
+        )  # fmt: skip
+        return metrics
+
+    monkeypatch.setattr(script, "update", spy)
+    return calls
+
+
+@pytest.fixture
+def main(script, monkeypatch, capsys):
+    """Runs `main` with flags, in this process; returns exit code, standard output and error."""
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        try:
+            script.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):  # as the interpreter does
+                print(code, file=sys.stderr)
+                code = 1
+        return code, *capsys.readouterr()
+
+    return main
+
+
+@pytest.fixture
+def start(script, in_tmp):
+    """Starts the script as a process of its own, in the empty folder; the test's end kills it."""
+    started = []
+
+    def start(*flags):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / f"{script.__name__}.py", *map(str, flags)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def load(path):
+    """The content of a checkpoint."""
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
