@@ -509,7 +509,7 @@ def train(args: Args) -> dict:
     groups = [{"params": actor}, {"params": critic}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # detail 3
     progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
-    progress.kl_coef, progress.episodes, progress.iterations = args.kl_coef, [], []
+    progress.episodes, progress.iterations, kl_coef = [], [], args.kl_coef
     if args.resume:
         load_progress(args, agent, optimizer, progress)
     next_obs = reset_envs(envs, args, progress.iteration)
@@ -535,16 +535,16 @@ def train(args: Args) -> dict:
                 rewards, rollout.values, rollout.next_values, rollout.terminations,
                 rollout.truncations, args.gamma, args.gae_lambda,
             )  # fmt: skip
-            metrics = update(agent, optimizer, rollout, advantages, returns, args, progress.kl_coef)
+            metrics = update(agent, optimizer, rollout, advantages, returns, args, kl_coef)
             check_finite(progress, **metrics, **agent.state_dict())
             if args.surrogate == "kl-penalty":
-                kl, target_kl = metrics["kl"], args.target_kl or 0.01
-                progress.kl_coef = adapt_kl_coef(progress.kl_coef, kl, target_kl)
+                kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], args.target_kl or 0.01)
             if args.norm_obs:
                 agent.normalize.update(rollout.obs)
             progress.learning_seconds += time.perf_counter() - started
             log_iteration(run, progress, rollout, metrics, optimizer)
-            run.checkpoint = make_checkpoint(args, agent, optimizer, progress)
+            resumable = replace(args, kl_coef=kl_coef)
+            run.checkpoint = make_checkpoint(resumable, agent, optimizer, progress)
             if progress.iteration % args.checkpoint_interval == 0:
                 save_checkpoint(run)
     envs.close()
@@ -654,11 +654,11 @@ def check_finite(progress, **numbers):
 
 def make_checkpoint(args, agent, optimizer, progress):
     """A copy of all that `--resume` and `load_agent` need: plain types and tensors."""
-    changes = {"kl_coef": progress.kl_coef, "evaluate": None, "render": False, "resume": None}
-    state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
     counts = {name: copy.copy(value) for name, value in vars(progress).items()}
-    settings = {"script": Args.exp_name, "args": asdict(args) | changes, "progress": counts}
-    return settings | copy.deepcopy(state)
+    state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": counts}
+    return checkpoint | copy.deepcopy(state)
 
 
 def save_checkpoint(run):
@@ -668,11 +668,11 @@ def save_checkpoint(run):
 
 
 def load_progress(args, agent, optimizer, progress):
-    """Continue from `args.resume`; the KL coefficient is that of `args`."""
+    """Continue from the checkpoint `args.resume`."""
     checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    vars(progress).update(checkpoint["progress"] | {"kl_coef": args.kl_coef})
+    vars(progress).update(checkpoint["progress"])
     progress.resumes += 1
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import toy_envs  # noqa: F401
 from gymnasium import spaces
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def playing(script):
 def toy(script, playing):
     """Gives the settings for a toy environment, with the kind of actions that the script takes."""
     kind = "Box" if script.__name__ == "ppo_continuous" else ""
-    return lambda name, *env_kwargs: playing(f"toy_envs:{name}{kind}-v0", *env_kwargs)
+    return lambda name, *env_kwargs: playing(f"{name}{kind}-v0", *env_kwargs)
 
 
 @pytest.fixture

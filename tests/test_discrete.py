@@ -11,7 +11,7 @@ pytestmark = only("ppo_discrete")
 
 def test_actions_that_count_from_five_are_learned(script, small):
     args = dataclasses.replace(
-        small, env_id="toy_envs:CountsFromFive-v0", total_timesteps=4000, eval_episodes=3
+        small, env_id="CountsFromFive-v0", total_timesteps=4000, eval_episodes=3
     )
     result = script.train(args)
     assert result["eval_returns"] == [10.0] * 3

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-import toy_envs  # noqa: F401
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 CPU = torch.device("cpu")

@@ -147,7 +147,8 @@ def test_agent_drops_into_cleanrls_loop(script, two_actions):
             returns = (advantages + values).flatten()
         for _ in range(4):
             _, newlogprob, entropy, newvalue = agent.get_action_and_value(
-                obs.flatten(0, 1), actions.long().flatten() if actions.ndim == 2 else actions.flatten(0, 1)
+                obs.flatten(0, 1),
+                actions.long().flatten() if actions.ndim == 2 else actions.flatten(0, 1),
             )
             ratio = (newlogprob - logprobs.flatten()).exp()
             norm = (advantages.flatten() - advantages.mean()) / (advantages.std() + 1e-8)
@@ -393,7 +394,9 @@ def test_long_episodes_reach_their_limit(script, small, toy, checkpoint_interval
         small, **game, total_timesteps=256, checkpoint_interval=checkpoint_interval
     )
     result = script.train(args)
-    assert [length for _, length in scalars(result["run_dir"], "charts/episodic_length")] == [60] * 4
+    assert [length for _, length in scalars(result["run_dir"], "charts/episodic_length")] == [
+        60
+    ] * 4
 
 
 def test_no_evaluation(script, small, monkeypatch):
@@ -540,7 +543,9 @@ def test_resume_draws_new_noise(script, small, toy, main, record_updates):
         (("--total-timesteps", "320"), 2e-3 / 5, 4),
     ],
 )
-def test_flags_beside_resume_are_in_force_at_once(half, main, record_updates, flags_beside, rate, num_envs):
+def test_flags_beside_resume_are_in_force_at_once(
+    half, main, record_updates, flags_beside, rate, num_envs
+):
     code, _, errors = main("--resume", half, "--total-timesteps", 512, *flags_beside)
     assert code == 0, errors
     assert record_updates[0].rates[0] == pytest.approx(rate)

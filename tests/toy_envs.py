@@ -331,7 +331,6 @@ class NeedsModule(Toy):
         return 1.0
 
 
-
 def with_box_actions(cls):
     """The same environment for actions of two numbers; more than 0 in the first is action 1."""
 
