@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium[box2d]>=1.1",
 #     "matplotlib",
@@ -10,17 +10,17 @@
 #     "tyro",
 # ]
 # ///
-"""Proximal Policy Optimization from pixels: PPO-Clip learns to drive, whole in this file.
+"""Proximal Policy Optimization (PPO) from pixels in one file: CarRacing-v3.
 
-One convolutional body with two heads, the policy (Beta distributions over steering and pedal) and
-the value, learns Gymnasium's CarRacing-v3 from four gray frames. Physics, rewards and pixels are
-Gymnasium's, but a frame is drawn only if the agent sees it, and of it only what is in sight.
+One convolutional body with two heads, a Beta policy over steering and pedal and the value function,
+learns from four gray frames. Frames are drawn only if the agent sees them.
 
     python ppo_carracing_cnn.py                                          # on the CPU
     python ppo_carracing_cnn.py --cuda                                   # on a GPU
     python ppo_carracing_cnn.py --evaluate runs/<run>/agent.pt --render  # watch a trained agent
+    python ppo_carracing_cnn.py --resume runs/<run>/agent.pt             # continue a stopped run
 
-The comments cite
+References:
     PPO          Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
     GAE          Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized
                  Advantage Estimation, arXiv:1506.02438
@@ -28,169 +28,156 @@ The comments cite
     Beta         Chou et al. 2017, Improving Stochastic Policy Gradients in Continuous Control with
                  Deep Reinforcement Learning using the Beta Distribution, ICML
     asymmetric   Pinto et al. 2018, Asymmetric Actor Critic for Image-Based Robot Learning, RSS
-    detail 1-13  Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
-                 ICLR blog track: the thirteen that concern every PPO
-    Atari 1-9    there, the nine for learning from pixels
+    detail n     Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
+                 ICLR blog track: the core details 1 to 13
+    Atari n      the same, the details for learning from pixels
 """
 
 import ast
-import atexit
 import contextlib
 import copy
-import dataclasses
-import functools
-import io
-import itertools
+import hashlib
 import json
 import math
 import multiprocessing
 import os
-import platform
-import random
-import re
 import signal
 import sys
+import threading
 import time
-import traceback
-from dataclasses import dataclass, field
+from collections import namedtuple
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pygame
-import pygame.gfxdraw
 import torch
 import torch.nn.functional as F
 import tyro
-from gymnasium import spaces
 from gymnasium.envs.box2d import car_racing
-from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory
+from gymnasium.spaces import Box
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
+from pygame import gfxdraw
 from torch import nn
-from torch.distributions import Beta
+from torch.distributions import Beta, Independent
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    """Train PPO to drive CarRacing-v3 from pixels."""
+    """Train PPO on CarRacing-v3 from pixels."""
 
-    exp_name: str = "ppo_carracing_cnn"
-    """name of the experiment, a part of the run folder's name"""
-    seed: int = 1
-    """all randomness of the run follows from it"""
-    cuda: bool = False
-    """compute on the GPU"""
+    exp_name: str = "ppo_carracing_cnn"  # name of the experiment, part of the run folder's name
+    seed: int = 1  # random seed
+    cuda: bool = False  # train on the GPU
+    track: bool = False  # log to Weights & Biases (project: environment variable WANDB_PROJECT)
 
-    env_id: str = "CarRacing-v3"
-    """the environment; this script is for CarRacing-v3 alone"""
-    env_kwargs: tuple[str, ...] = ()
-    """arguments of the environment, such as `--env-kwargs max_episode_steps=500`"""
-    domain_randomize: bool = False
-    """other colours of road, grass and background in every episode"""
-    stock_renderer: bool = False
-    """train on Gymnasium's own drawing, several times slower: the same pixels"""
-    action_repeat: int = 4
-    """frames for which an action is held; steps are counted in actions"""
-    frame_stack: int = 4
-    """frames that the agent sees, one after each of its last actions"""
-    lost_after: int = 75
-    """in training, an episode is truncated after this many actions without a new tile"""
-    reward_scale: float = 0.025
-    """rewards are multiplied by this in training"""
-    total_timesteps: int = 2_000_000
-    """actions to train for, all environments together, rounded up to whole iterations"""
-    num_envs: int = 8
-    """environments that run side by side (the paper's N)"""
-    num_steps: int = 512
-    """actions in each environment per iteration (the paper's T)"""
-    num_workers: int | None = None
-    """processes that step the environments, 0 for none but this (None: one a core)"""
-    worker_timeout: float = 300.0
-    """seconds after which a step of the environments that does not end ends the run"""
+    env_id: str = "CarRacing-v3"  # the only environment of this script
+    env_kwargs: tuple[str, ...] = ()  # its arguments, such as `max_episode_steps=500`
+    domain_randomize: bool = False  # other colors of road, grass and background in each episode
+    stock_renderer: bool = (
+        False  # Gymnasium's own environment: the same pixels, several times slower
+    )
+    action_repeat: int = 4  # frames per action; all steps are counted in actions
+    frame_stack: int = 4  # frames that the agent sees, one per action
+    max_steps_without_progress: int = (
+        75  # training truncates an episode without a new tile for these
+    )
+    reward_scale: float = 0.025  # factor of the rewards in training
+    total_timesteps: int = 2_000_000  # total actions, rounded up to whole iterations
+    num_envs: int = 8  # number of parallel environments (N), a process each
+    num_steps: int = 512  # actions per environment and iteration (T)
+    step_timeout: float = 60.0  # seconds after which a step that has not returned ends the run
 
-    learning_rate: float = 4e-4
-    """step size of Adam"""
-    anneal_lr: bool = True
-    """let the learning rate fall to 0, linearly"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 16
-    """minibatches an epoch; num_envs * num_steps / num_minibatches is the paper's M"""
-    update_epochs: int = 6
-    """epochs an iteration (the paper's K)"""
-    norm_adv: bool = True
-    """normalise the advantages of each minibatch"""
-    clip_coef: float = 0.2
-    """how far from 1 the ratio of new to old probability pays (the paper's epsilon)"""
-    clip_vloss: bool = False
-    """clip the value loss too (Engstrom et al. 2020 and Andrychowicz et al. 2021 found no gain)"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus (the paper's c_2)"""
-    vf_coef: float = 0.5
-    """weight of the value loss (the paper's c_1)"""
-    max_grad_norm: float = 0.5
-    """the gradient is scaled down to this norm if it is larger"""
-    target_kl: float | None = None
-    """the iteration's updates end when the KL passes 1.5 times this (None: never)"""
+    learning_rate: float = 4e-4  # learning rate of Adam
+    anneal_lr: bool = True  # linearly anneal the learning rate to 0
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
+    num_minibatches: int = 16  # minibatches per epoch, of N * T / num_minibatches transitions
+    update_epochs: int = 6  # epochs per iteration (K)
+    norm_adv: bool = True  # normalize the advantages of each minibatch
+    clip_coef: float = 0.2  # clipping range of the probability ratio (epsilon)
+    clip_vloss: bool = False  # clip the value loss (no gain: Engstrom 2020, Andrychowicz 2021)
+    ent_coef: float = 0.0  # coefficient of the entropy bonus (c_2)
+    vf_coef: float = 0.5  # coefficient of the value loss (c_1)
+    max_grad_norm: float = 0.5  # maximum norm of the gradient
+    target_kl: float | None = None  # stop the update at a KL above 1.5 times this (None: never)
 
-    checkpoint_interval: int = 20
-    """iterations between checkpoints, at which all environments start new episodes"""
-    eval_episodes: int = 100
-    """episodes of the evaluation"""
-    evaluate: Path | None = None
-    """checkpoint (agent.pt) to evaluate instead of training"""
-    render: bool = False
-    """with --evaluate: show the episodes in a window"""
-    resume: Path | None = None
-    """checkpoint (agent.pt) to go on from; flags given beside it override the saved ones"""
+    checkpoint_interval: int = 20  # iterations between checkpoints
+    eval_episodes: int = 100  # evaluation episodes (0: no evaluation and no GIF)
+    evaluate: Path | None = None  # checkpoint (agent.pt) to evaluate instead of training
+    render: bool = False  # with --evaluate: show the episodes in a window
+    resume: Path | None = None  # checkpoint (agent.pt) to continue; flags override its settings
 
 
-def check_args(args: Args) -> None:
-    """Raise ValueError, one sentence that names the flag, if the run cannot work with `args`."""
-    if args.num_envs == args.num_steps == 1:
-        raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
-    least = {"seed": 0, "num_workers": 0}
-    most = {
-        "seed": 2**63 - 1,
-        "gamma": 1,
-        "gae_lambda": 1,
-        "num_minibatches": args.num_envs * args.num_steps // 2,
-        "worker_timeout": 1e6,
-    }
-    for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        low = least.get(name, 1 if isinstance(value, int) else 0)
-        high = most.get(name, math.inf)
-        if not (low <= value <= high and value < math.inf):
-            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; give --no-cuda")
-    if args.render and not args.evaluate:
-        raise ValueError("--render needs --evaluate PATH")
-    if args.env_id != "CarRacing-v3":
-        raise ValueError(f"--env-id must be CarRacing-v3, not {args.env_id}")
-    if args.evaluate and args.resume:
-        raise ValueError("--evaluate and --resume exclude each other")
-    parse_env_kwargs(args)
-    try:
-        make_training_env(args).close()
-        env = make_env(args, "human" if args.render else None)
-        env.reset()
-    except Exception as error:  # whatever --env-kwargs make CarRacing raise
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ValueError(f"--env-id {args.env_id} does not start: {reason}") from error
-    env.close()
-    if not env.unwrapped.continuous:
-        raise ValueError("--env-kwargs continuous=False: this script takes continuous actions")
+def make_env(args: Args, training: bool = True, render_mode: str | None = None) -> gym.Env:
+    """One CarRacing as the agent sees it; in training, episodes without progress are truncated."""
+    kwargs = {"domain_randomize": args.domain_randomize} | parse_env_kwargs(args)
+    kwargs |= {"render_mode": render_mode} if render_mode else {}
+    if args.stock_renderer or render_mode == "human":
+        env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    else:
+        limit = kwargs.pop("max_episode_steps", gym.spec(args.env_id).max_episode_steps)
+        env = gym.wrappers.TimeLimit(LazyCarRacing(**kwargs), limit)
+    return AgentView(env, args, args.max_steps_without_progress if training else math.inf)
+
+
+class AgentView(gym.Wrapper):
+    """What the agent sees and does (Atari 2, 5, 7).
+
+    Observations are uint8, (97, 96, frame_stack): the last gray frames, and below them, for the
+    critic alone (asymmetric), a row that holds the share of the lap that is done, from 0 to 255.
+    Actions are (steering, pedal) in [0, 1]: left to right, full brake to full gas. An action is
+    held for `action_repeat` frames, and its reward is their sum.
+    """
+
+    blind = False  # a random agent needs no pictures
+
+    def __init__(self, env, args, max_steps_without_progress):
+        super().__init__(env)
+        self.args, self.max_steps_without_progress = args, max_steps_without_progress
+        self.obs = np.zeros((97, 96, args.frame_stack), np.uint8)
+        self.observation_space = Box(0, 255, self.obs.shape, np.uint8)
+        self.action_space = Box(0.0, 1.0, (2,), np.float32)
+        fps = env.metadata["render_fps"] / args.action_repeat
+        self.metadata = env.metadata | {"render_fps": fps}
+
+    def reset(self, *, seed=None, options=None):
+        self.unwrapped.lazy, self.steps_without_progress = False, 0
+        frame, _ = self.env.reset(seed=seed, options=options)
+        self.obs[:96], self.obs[96] = to_gray(frame)[..., np.newaxis], 0
+        return self.obs.copy(), {}
+
+    def step(self, action):
+        steering, pedal = 2 * np.asarray(action, np.float64) - 1
+        controls, total_reward = np.array([steering, max(pedal, 0), max(-pedal, 0)]), 0.0
+        for i in range(self.args.action_repeat):
+            self.unwrapped.lazy = self.blind or i < self.args.action_repeat - 1
+            frame, reward, terminated, truncated, _ = self.env.step(controls)
+            total_reward += reward
+            if terminated or truncated:
+                break
+        if not self.blind:
+            # The frame is missing if the episode ended on one that was not to be drawn.
+            frame = self.unwrapped.observe() if frame is None else frame
+            self.obs[:96, :, :-1] = self.obs[:96, :, 1:]
+            self.obs[:96, :, -1] = to_gray(frame)
+        self.obs[96] = 255 * self.unwrapped.tile_visited_count // len(self.unwrapped.track)
+        self.steps_without_progress = 0 if total_reward > 0 else self.steps_without_progress + 1
+        truncated = truncated or self.steps_without_progress >= self.max_steps_without_progress
+        return self.obs.copy(), total_reward, terminated, truncated, {}
+
+
+def to_gray(frame):
+    """Luma (ITU-R BT.601) of a frame (96, 96, 3), uint8: (96, 96)."""
+    return (frame @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.uint8)
 
 
 class LazyCarRacing(car_racing.CarRacing):
@@ -277,18 +264,18 @@ class LazyCarRacing(car_racing.CarRacing):
         corners = np.stack(to_pixels(*self.corners[:, in_sight]), -1).tolist()
         for i, points in zip(in_sight, corners, strict=True):
             color = [int(c) for c in self.polygons[i][1]]  # a tile's changes when it is visited
-            pygame.gfxdraw.aapolygon(self.surf, points, color)
-            pygame.gfxdraw.filled_polygon(self.surf, points, color)
+            gfxdraw.aapolygon(self.surf, points, color)
+            gfxdraw.filled_polygon(self.surf, points, color)
 
 
-@functools.cache
+@cache
 def make_canvases() -> tuple[pygame.Surface, pygame.Surface]:
     """Two surfaces to draw on, the same for all environments: more would outgrow the cache."""
     size = (car_racing.WINDOW_W, car_racing.WINDOW_H)
     return pygame.Surface(size), pygame.Surface(size)
 
 
-@functools.cache
+@cache
 def grass_squares() -> list:
     """The corners of the light squares in the grass, in CarRacing's order."""
     size = car_racing.GRASS_DIM
@@ -296,7 +283,7 @@ def grass_squares() -> list:
     return [[(x + size, y), (x, y), (x, y + size), (x + size, y + size)] for x, y in squares]
 
 
-@functools.cache
+@cache
 def draw_score(text: str) -> pygame.Surface:
     """The score as CarRacing writes it."""
     pygame.font.init()
@@ -304,295 +291,86 @@ def draw_score(text: str) -> pygame.Surface:
     return font.render(text, True, (255, 255, 255), (0, 0, 0))
 
 
-class AgentView(gym.Wrapper):
-    """What the agent sees and does (Atari 2, 5, 7).
+def make_vector_env(args: Args, training: bool = True, render_mode=None) -> VectorEnv:
+    """`args.num_envs` environments that step together (detail 1), a process each.
 
-    Observations are uint8, (97, 96, frame_stack): the last gray frames, and below them a row that
-    says how much of the lap is done, from 0 to 255, for the critic alone (asymmetric). Actions are
-    (steering, pedal) in [0, 1]: left to right, and full brake to full gas, so that the two are not
-    pressed at once. An action is held for `action_repeat` frames, and its reward is their sum.
+    SAME_STEP: the step that ends an episode returns the first observation of the next one, and the
+    final one in `infos["final_obs"]`, so that every stored transition is real. (In Gymnasium's
+    default mode, a phantom step whose action is ignored follows each episode.)
+    """
+    env_fns = [partial(make_env, args, training, render_mode)] * args.num_envs
+    if render_mode:  # in this process
+        return SyncVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    with signals_for_workers():
+        envs = ProcessVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs.step_timeout = args.step_timeout
+    return envs
+
+
+class ProcessVectorEnv(AsyncVectorEnv):
+    """AsyncVectorEnv whose step ends within `step_timeout` seconds, whatever becomes of a process.
+
+    ChildProcessError if one died, raised an error or did not answer; all are terminated then.
     """
 
-    def __init__(self, env: gym.Env, args: Args, lost_after: float = math.inf):
-        super().__init__(env)
-        self.action_repeat, self.lost_after = args.action_repeat, lost_after
-        self.obs = np.zeros((97, 96, args.frame_stack), np.uint8)
-        self.frames, self.lap = self.obs[:96], self.obs[96]
-        self.observation_space = spaces.Box(0, 255, self.obs.shape, np.uint8)
-        self.action_space = spaces.Box(0.0, 1.0, (2,), np.float32)
-        self.metadata = env.metadata | {
-            "render_fps": env.metadata["render_fps"] / self.action_repeat
-        }
-
-    def reset(self, **kwargs):
-        self.env.unwrapped.lazy = False
-        frame, info = self.env.reset(**kwargs)
-        self.frames[:] = gray(frame)[..., np.newaxis]
-        self.lap[:] = 0
-        self.steps_without_tile = 0
-        return self.obs.copy(), info
-
-    def step(self, action):
-        steering, pedal = 2 * np.asarray(action, np.float64) - 1
-        controls = np.array([steering, max(pedal, 0.0), max(-pedal, 0.0)])
-        total = 0.0
-        for i in range(self.action_repeat):
-            self.env.unwrapped.lazy = i < self.action_repeat - 1
-            frame, reward, terminated, truncated, info = self.env.step(controls)
-            total += reward
-            if terminated or truncated:
-                break
-        if frame is None:  # the episode ended on a frame that was not to be drawn
-            frame = self.env.unwrapped.observe()
-        self.frames[..., :-1] = self.frames[..., 1:]
-        self.frames[..., -1] = gray(frame)
-        env = self.env.unwrapped
-        self.lap[:] = 255 * env.tile_visited_count // len(env.track)
-        self.steps_without_tile = 0 if total > 0 else self.steps_without_tile + 1
-        truncated = truncated or self.steps_without_tile >= self.lost_after
-        return self.obs.copy(), total, terminated, truncated, info
-
-
-def gray(frame: np.ndarray) -> np.ndarray:
-    """Luma (ITU-R BT.601) of a frame (96, 96, 3), uint8: (96, 96)."""
-    return (frame @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.uint8)
-
-
-def parse_env_kwargs(args: Args) -> dict:
-    """The environment's arguments by name, from NAME=VALUE each."""
-    try:
-        kwargs = dict(item.split("=", 1) for item in args.env_kwargs)
-        return {name: ast.literal_eval(value) for name, value in kwargs.items()}
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(
-            "--env-kwargs takes NAME=VALUE, each value a Python literal, not "
-            + " ".join(args.env_kwargs)
-        ) from error
-
-
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """One environment as Gymnasium makes it, seen and driven as by the agent."""
-    kwargs = {"domain_randomize": args.domain_randomize} | parse_env_kwargs(args)
-    if render_mode:
-        kwargs["render_mode"] = render_mode
-    return AgentView(gym.make(args.env_id, **kwargs), args)
-
-
-def make_training_env(args: Args) -> gym.Env:
-    """One environment to train in: drawn on demand, and cut when the car is lost."""
-    kwargs = {"domain_randomize": args.domain_randomize} | parse_env_kwargs(args)
-    if args.stock_renderer:
-        env = gym.make(args.env_id, **kwargs)
-    else:
-        limit = kwargs.pop("max_episode_steps", gym.spec(args.env_id).max_episode_steps)
-        env = gym.wrappers.TimeLimit(LazyCarRacing(**kwargs), limit)
-    return AgentView(env, args, args.lost_after)
-
-
-class FreshEnv(gym.Wrapper):
-    """An environment that each reset with a seed makes anew, so that all follows from the seed.
-
-    (BipedalWalker's Box2D world, for one, outlives a reset, and what was in it changes the next
-    episode's digits.)
-    """
-
-    def __init__(self, env_fn):
-        super().__init__(env_fn())
-        self.env_fn = env_fn
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.env.close()
-            self.env = self.env_fn()
-        return self.env.reset(seed=seed, options=options)
-
-
-def make_vector_env(args: Args) -> gym.vector.VectorEnv:
-    """`args.num_envs` environments that step together (detail 1), in worker processes."""
-    env_fns = [functools.partial(make_training_env, args)] * args.num_envs
-    num_workers = count_cores() if args.num_workers is None else args.num_workers
-    if num_workers == 0:
-        return make_sync_vector_env(env_fns)
-    return WorkerVectorEnv(env_fns, num_workers, args.worker_timeout)
-
-
-def make_sync_vector_env(env_fns: list) -> gym.vector.VectorEnv:
-    """Environments that step one after the other, in this process.
-
-    SAME_STEP: the step that ends an episode already returns the next one's first observation, with
-    the final one in `infos["final_obs"]`, so every stored transition is one that happened. (In
-    Gymnasium's default mode a step follows whose action is ignored.)
-    """
-    return gym.vector.SyncVectorEnv(
-        [functools.partial(FreshEnv, env_fn) for env_fn in env_fns],
-        copy=False,  # observations come in one buffer, which the next step overwrites
-        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-    )
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # where the system can hold a process to some of them
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class WorkerVectorEnv(gym.vector.VectorEnv):
-    """What `make_sync_vector_env` makes, shared out over processes; it steps to the same numbers.
-
-    (But for environments that draw from np.random or random, which each process has for itself.)
-    Each worker steps several environments and answers once a step; all arrays lie in shared memory.
-    (Gymnasium's AsyncVectorEnv has a process for each environment. Where these outnumber the cores,
-    switching between them costs more than it brings.) What is returned is overwritten by the next
-    step. ChildProcessError tells that a worker died, raised, or took longer than `timeout` seconds.
-    """
-
-    def __init__(self, env_fns: list, num_workers: int, timeout: float):
-        env = env_fns[0]()
-        self.num_envs, self.timeout = len(env_fns), timeout
-        self.single_observation_space = env.observation_space
-        self.single_action_space = env.action_space
-        self.metadata = env.metadata | {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-        env.close()
-        # All that is exchanged in a step, for each environment.
-        space = spaces.Dict(
-            obs=env.observation_space, final_obs=env.observation_space, action=env.action_space,
-            reward=spaces.Box(-np.inf, np.inf, (), np.float64),
-            terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
-            reset_seed=spaces.Box(0, 2**63 - 1, (), np.int64),
-        )  # fmt: skip
-        # An attribute, so that it lives until a worker that is spawned, not forked, opens it.
-        self.memory = create_shared_memory(space, self.num_envs)
-        self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
-        self.workers, self.connections = [], []
-        # Otherwise multiprocessing would, at exit, wait for ever for workers that ignore SIGTERM.
-        atexit.register(self.close)
-        for indices in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
-            part = slice(int(indices[0]), int(indices[-1]) + 1)
-            connection, theirs = multiprocessing.Pipe()
-            self.connections.append(connection)
-            inputs = (theirs, self.connections, env_fns, space, self.memory, part)
-            worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
-            worker.start()
-            theirs.close()  # so that the connection ends with the worker
-            self.workers.append(worker)
-
-    def reset(self, *, seed: list[int], options=None):
-        """Start new episodes, one with each seed."""
-        self.arrays["reset_seed"][:] = seed
-        self.exchange(b"reset")
-        return self.arrays["obs"], {}
-
-    def step(self, actions: np.ndarray):
-        self.arrays["action"][:] = actions
-        self.exchange(b"step")
-        terminated, truncated = (self.arrays[name] > 0 for name in ("terminated", "truncated"))
-        ended = terminated | truncated
-        infos = {"final_obs": self.arrays["final_obs"], "_final_obs": ended} if ended.any() else {}
-        return self.arrays["obs"], self.arrays["reward"], terminated, truncated, infos
-
-    def exchange(self, message):
-        """Send all workers a message, bytes; wait until they have done what it says."""
-        for connection in self.connections:
-            with contextlib.suppress(ConnectionError):  # the worker ended: hear why, below
-                connection.send_bytes(message)
+    def step(self, actions):
         try:
-            for connection in self.connections:
-                # In two halves: time for which all was suspended (Ctrl-Z) uses up only one.
-                if not any(connection.poll(self.timeout / 2) for _ in range(2)):
-                    raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
-                if problem := connection.recv_bytes():
-                    raise ChildProcessError(f"an environment raised {problem.decode()}")
-        except (EOFError, ConnectionError) as error:
-            raise ChildProcessError("the process of an environment died") from error
-
-    def close_extras(self, **kwargs):
-        for connection in self.connections:
-            with contextlib.suppress(OSError):
-                connection.send_bytes(b"close")
-        for worker in self.workers:
-            worker.join(timeout=1)
-            worker.kill()
-            worker.join()
+            self.step_async(actions)
+            return self.step_wait(timeout=self.step_timeout)
+        except multiprocessing.TimeoutError:
+            problem = f"gave no answer in {self.step_timeout:g} s"
+        except (EOFError, ConnectionError):
+            problem = "died"
+        except Exception as error:
+            problem = f"raised {error!r}"
+        self.close(terminate=True)
+        raise ChildProcessError(f"the process of an environment {problem}")
 
 
-def run_worker(connection, others, env_fns, space, memory, part) -> None:
-    """A worker of WorkerVectorEnv: step the environments in the slice `part`, as told."""
-    for other in others:
-        other.close()  # so that the connection ends with the main process
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides when to stop
-        signal.signal(number, signal.SIG_IGN)
-    arrays = read_from_shared_memory(space, memory, len(env_fns))
-    mine = {name: array[part] for name, array in arrays.items()}
-    try:
-        envs = [FreshEnv(env_fn) for env_fn in env_fns[part]]
-        while (message := await_message(connection)) != b"close":
-            if message == b"step":
-                for i, env in enumerate(envs):
-                    obs, mine["reward"][i], terminated, truncated, _ = env.step(mine["action"][i])
-                    if terminated or truncated:
-                        mine["final_obs"][i] = obs
-                        obs, _ = env.reset()
-                    mine["obs"][i] = obs
-                    mine["terminated"][i], mine["truncated"][i] = terminated, truncated
-            else:
-                seeds = mine["reset_seed"].tolist()
-                np.random.seed(seeds[0])  # this and the next for environments that use them
-                random.seed(seeds[0])
-                for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
-                    mine["obs"][i], _ = env.reset(seed=seed)
-            connection.send_bytes(b"")
-        for env in envs:
-            env.close()
-    except Exception as error:  # whatever a user's own environment raises
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(f"{type(error).__name__} {error}".split())
-        with contextlib.suppress(ConnectionError):  # the main process is gone
-            connection.send_bytes(f"{text} ({place.filename}, line {place.lineno})".encode())
+@contextlib.contextmanager
+def signals_for_workers():
+    """Processes started in this context ignore Ctrl-C, after which they are still needed."""
+    if threading.current_thread() is not threading.main_thread():  # which can't set signals
+        yield
+        return
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminate = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
 
 
-def await_message(connection):
-    """The next message. A process that sleeps takes long to wake: ask for 2 ms before sleeping."""
-    deadline = time.perf_counter() + 0.002
-    while not connection.poll() and time.perf_counter() < deadline:
-        if hasattr(os, "sched_yield"):
-            os.sched_yield()  # lets the other processes of this core run
-    return connection.recv_bytes()
+def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
+    """Start episodes, with all random generators seeded by (seed, iteration).
 
-
-def start_episodes(envs: gym.vector.VectorEnv, args: Args, iteration: int) -> np.ndarray:
-    """Start new episodes, with every random stream seeded by (seed, iteration).
-
-    This happens at each scheduled checkpoint too. So a run resumed from one equals a run that was
-    never stopped, to the bit on a CPU, although the state of an environment cannot be saved.
+    Gymnasium's `reset(seed=s)` seeds environment i with s + i, so that runs with neighboring seeds
+    share most of their environments. Here each environment of each run has a seed of its own.
     """
     rng = np.random.default_rng([args.seed, iteration])
     torch.manual_seed(int(rng.integers(2**63)))
-    np.random.seed(rng.integers(2**32))  # this and the next for environments that use them
-    random.seed(int(rng.integers(2**32)))
-    obs, _ = envs.reset(seed=rng.integers(2**31, size=args.num_envs).tolist())
-    return obs
+    np.random.seed(rng.integers(2**32))  # for environments that use the global generator
+    return envs.reset(seed=rng.integers(2**31, size=args.num_envs).tolist())[0]
 
 
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights scaled by `std`, biases 0 (detail 2)."""
+def layer_init(layer, std=2**0.5):
+    """Orthogonal weights scaled by `std`, zero biases (detail 2)."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class Agent(nn.Module):
-    """The policy pi(a|s) and the value V(s), two heads on one body (detail 13, Atari 8).
+    """The policy pi(a|s) and the value function V(s), two heads on one body (detail 13, Atari 8).
 
-    Observations are (batch, 97, 96, frame_stack), of AgentView; actions (batch, 2), in (0, 1). The
-    policy sees the frames alone. The critic, which only training needs, also knows how much of the
-    lap is done: what there is left to win depends on it, and the frames hardly show it.
+    Observations are (batch, 97, 96, frame_stack), as AgentView returns them; actions (batch, 2), in
+    (0, 1); log-probabilities, entropies, values (batch,). The policy sees the frames alone; the
+    critic, which only training needs, also the rows below them.
     """
 
-    def __init__(self, obs_space: spaces.Box, action_space: spaces.Box):
+    def __init__(self, obs_space, action_space):
         super().__init__()
-        self.first = layer_init(nn.Conv2d(obs_space.shape[-1], 16, kernel_size=8, stride=4))
         self.body = nn.Sequential(
+            layer_init(nn.Conv2d(obs_space.shape[-1], 16, kernel_size=8, stride=4)),
             nn.ReLU(),
             layer_init(nn.Conv2d(16, 32, kernel_size=3, stride=2)),
             nn.ReLU(),
@@ -611,72 +389,61 @@ class Agent(nn.Module):
             layer_init(nn.Linear(128, 1), std=1.0),
         )
 
-    def get_features(self, obs: torch.Tensor) -> torch.Tensor:
-        """What both heads work on: (batch, 1600). The windows of `first` end above the last row."""
-        # With the channels last in memory, convolutions take half the time on a CPU.
-        pixels = obs.float().permute(0, 3, 1, 2)
-        # Pixels are scaled to [0, 1] (Atari 9) by way of the weights: dividing them takes as long.
-        first = self.first
-        return self.body(F.conv2d(pixels, first.weight / 255, first.bias, first.stride))
-
-    def get_policy(self, features: torch.Tensor) -> Beta:
-        """Independent Beta distributions of the actions, unimodal since alpha, beta > 1 (Beta)."""
+    def forward(self, obs):
+        """pi(.|s), a torch.distributions.Distribution, and V(s)."""
+        frames, lap = obs[:, :96], obs[:, 96:, 0, 0]  # for both, and for the critic alone
+        # Channels last in memory, which halves the time of convolutions on a CPU (Atari 9).
+        features = self.body(frames.permute(0, 3, 1, 2) / 255)
+        # Independent Beta distributions, unimodal as alpha, beta > 1 (Beta).
         alpha, beta = (1 + F.softplus(self.actor(features))).chunk(2, dim=-1)
-        # Validating the arguments would take longer than sampling.
-        return Beta(alpha, beta, validate_args=False)
+        policy = Independent(Beta(alpha, beta, validate_args=False), 1, validate_args=False)
+        lap = lap.float() / 32 - 4  # from -4 to 4
+        return policy, self.critic(torch.cat([features, lap], dim=1)).squeeze(-1)
 
-    def get_value_of(self, features: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
-        """V(s), given what the body makes of it: (batch,)."""
-        lap = obs[:, -1, 0, :1].float() / 32 - 4  # from -4 to 4
-        return self.critic(torch.cat([features, lap], dim=1)).squeeze(-1)
+    def get_policy(self, obs):
+        return self(obs)[0]
 
-    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(s): (batch,)."""
-        return self.get_value_of(self.get_features(obs), obs)
+    def get_value(self, obs):
+        return self(obs)[1]
 
-    def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
-        """The action (sampled if none is given), its log-probability, the entropy and V(s)."""
-        features = self.get_features(obs)
-        policy = self.get_policy(features)
+    def get_deterministic_action(self, obs):
+        """The mean action."""
+        return self.get_policy(obs).mean
+
+    def get_action_and_value(self, obs, action=None):
+        """action (sampled if None), log-probability, entropy, V(s): the interface of CleanRL."""
+        policy, value = self(obs)
         if action is None:
             action = policy.sample().clamp(1e-6, 1 - 1e-6)  # where the density is finite
-        value = self.get_value_of(features, obs)
-        return action, policy.log_prob(action).sum(-1), policy.entropy().sum(-1), value
-
-    def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
-        """The mean action: (batch, 2)."""
-        return self.get_policy(self.get_features(obs)).mean
+        return action, policy.log_prob(action), policy.entropy(), value
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """Generalised advantage estimation: PPO eq. 11, GAE eq. 16, as a recursion (detail 5).
+    """Generalized advantage estimation: PPO eq. 11 and 12, GAE eq. 16 (detail 5).
 
-    All tensors are (num_steps, num_envs); none is changed.
+    All tensors are (num_steps, num_envs); inputs are not modified.
 
     Args:
         rewards: r_t.
         values: V(s_t).
-        next_values: V of the observation that the action at t led to: V(s_{t+1}) within an episode,
-            V(final observation) where it was truncated; not used where it terminated.
-        terminations: whether the episode reached a terminal state, after which nothing is earned.
-        truncations: whether it was cut, by a time limit for instance, and would have gone on: the
-            rest is bootstrapped (time limits). Where both are set, it terminated.
-        gamma, gae_lambda: discount factor and lambda.
+        next_values: V of the observation that the action at t led to: V(s_{t+1}) inside an episode,
+            V(final observation) where it was truncated. Not used where it terminated.
+        terminations: whether the episode reached a terminal state.
+        truncations: whether the episode was cut, by a time limit for instance, so that what would
+            have followed is bootstrapped (time limits). If both are set, it terminated.
+        gamma, gae_lambda: discount factor, lambda.
 
     Returns:
-        the advantages A_t, and A_t + V(s_t), the returns that the value function is trained on.
+        (advantages, returns): A_t, and A_t + V(s_t), the targets of the value function.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
-    # PPO eq. 12: delta_t = r_t + gamma V(s_{t+1}) - V(s_t), where V is 0 in a terminal state.
-    deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values
-    # PPO eq. 11: A_t = delta_t + gamma lambda A_{t+1}, with nothing passed back between episodes.
-    decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
-    advantage = torch.zeros_like(deltas[0])
-    backwards = []
-    for delta, decay in zip(deltas.flip(0), decays.flip(0), strict=True):
-        advantage = delta + decay * advantage
-        backwards.append(advantage)
-    advantages = torch.stack(backwards).flip(0)
+    # PPO eq. 12: delta_t = r_t + gamma V(s_{t+1}) - V(s_t); V is 0 after a termination.
+    deltas = rewards + gamma * next_values.masked_fill(terminations, 0) - values
+    # PPO eq. 11: A_t = delta_t + gamma lambda A_{t+1}, where A_{t+1} is 0 across episodes.
+    decays = gamma * gae_lambda * ~(terminations | truncations)
+    advantages, advantage = torch.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages, advantages + values
 
 
@@ -684,35 +451,34 @@ def ppo_loss(
     new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy,
     clip_coef=0.2, vf_coef=0.5, ent_coef=0.01, clip_vloss=False,
 ):  # fmt: skip
-    """PPO-Clip: -(L^CLIP - c_1 L^VF + c_2 S), PPO eq. 9, to be minimised.
+    """PPO-Clip, PPO eq. 9: -L^CLIP + c_1 L^VF - c_2 S (detail 10).
 
-    All tensors are (batch,). Another shape raises ValueError: a (batch, 1) among them would
-    broadcast to (batch, batch) without a word.
+    All tensors are (batch,). ValueError for other shapes: (batch, 1) would broadcast to
+    (batch, batch).
 
     Args:
-        new_logprobs, new_values, entropy: of the agent that is trained.
+        new_logprobs, new_values, entropy: of the agent being trained.
         old_logprobs, old_values: of the agent that collected the rollout.
-        advantages: used as given.
-        returns: what the values are trained on.
+        advantages, returns: from `compute_gae`.
         clip_coef, vf_coef, ent_coef: epsilon, c_1, c_2.
-        clip_vloss: take V clipped to within clip_coef of old_values, where that is worse.
+        clip_vloss: clip the value loss, too (detail 9).
 
     Returns:
-        the loss, a scalar to differentiate, and metrics, a dict of detached scalars.
+        (loss, metrics): a scalar to minimize, and a dict of detached scalars.
     """
     check_shapes(new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy)
     log_ratio = new_logprobs - old_logprobs
-    ratio = log_ratio.exp()  # eq. 6: r_t = pi(a_t|s_t) / pi_old(a_t|s_t)
-    # Eq. 7: L^CLIP = E[min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon) A_t)] (detail 8).
+    ratio = log_ratio.exp()  # PPO eq. 6: r_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    # PPO eq. 7: L^CLIP = E[min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon) A_t)] (detail 8).
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_objective = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     value_loss = compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss)
-    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9, detail 10
-    return loss, loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef)
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy.mean()  # PPO eq. 9
+    return loss, loss_metrics(policy_loss, value_loss, entropy, log_ratio, clip_coef)
 
 
 def compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss):
-    """L^VF of PPO eq. 9: the mean squared error, or the clipped one (detail 9)."""
+    """L^VF of PPO eq. 9, mean squared error, or its clipped form (detail 9)."""
     squared_error = (new_values - returns) ** 2
     if clip_vloss:
         clipped_values = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
@@ -721,110 +487,78 @@ def compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss):
 
 
 @torch.no_grad()
-def loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef):
-    """What there is to watch (detail 12), as detached scalars."""
+def loss_metrics(policy_loss, value_loss, entropy, log_ratio, clip_coef):
+    """Diagnostics of a minibatch (detail 12): approx_kl is estimator k3 of KL(pi_old || pi)."""
     ratio = log_ratio.exp()
-    return {
-        "policy_loss": -policy_objective,
-        "value_loss": value_loss.detach(),
-        "entropy": entropy.mean(),
-        "approx_kl": ((ratio - 1) - log_ratio).mean(),  # Schulman's k3 estimate of KL(old || new)
-        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
-    }
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean()}
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()
+    metrics["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
+    return {name: metric.detach() for name, metric in metrics.items()}
 
 
 def check_shapes(*tensors):
-    """Raise ValueError unless all tensors have one and the same shape (batch,)."""
+    """Raise ValueError unless all tensors are (batch,)."""
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1 or tensors[0].ndim != 1:
-        raise ValueError(f"expected tensors of one shape (batch,), not {sorted(shapes)}")
+        raise ValueError(f"all tensors must be of one shape (batch,), not {sorted(shapes)}")
 
 
-def flatten_parameters(agent: nn.Module) -> nn.Parameter:
-    """Make all weights views of one vector, and their gradients views of its gradient.
-
-    Clipping, Adam and zeroing then take one tensor instead of a dozen, with the same result; for
-    small networks this saves a seventh of the update's time.
-    """
-    weights = list(agent.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(weights).detach())
-    vector.grad = torch.zeros_like(vector)
-    nn.utils.vector_to_parameters(vector.data, weights)
-    gradients = vector.grad.split([weight.numel() for weight in weights])
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient.view_as(weight)
-    return vector
+# The transitions of an iteration: (num_steps, num_envs), obs and actions with more.
+Rollout = namedtuple(
+    "Rollout", "obs actions logprobs values rewards next_values terminations truncations"
+)
 
 
-class Rollout(NamedTuple):
-    """What happened in one iteration; all (num_steps, num_envs), obs (..., 97, 96, frame_stack)."""
-
-    obs: torch.Tensor
-    actions: torch.Tensor
-    logprobs: torch.Tensor
-    values: torch.Tensor
-    rewards: torch.Tensor
-    next_values: torch.Tensor
-    terminations: torch.Tensor
-    truncations: torch.Tensor
-
-
+@torch.no_grad()
 def collect_rollout(agent, envs, next_obs, args, device):
-    """Act for `num_steps` steps in every environment, from `next_obs` on.
+    """Collect `args.num_steps` transitions from each environment.
+
+    `next_obs` is what `envs.reset` or the previous rollout returned. ValueError if `envs` is not in
+    autoreset mode SAME_STEP.
 
     Returns:
-        the Rollout, and the observations from which the next one goes on.
+        (rollout, next_obs)
     """
-    shape = (args.num_steps, args.num_envs)
-    obs = torch.empty(
-        (*shape, *envs.single_observation_space.shape), dtype=torch.uint8, device=device
-    )
-    actions = torch.empty((*shape, *envs.single_action_space.shape), device=device)
-    logprobs, values = torch.empty(2, *shape, device=device)
-    rewards = np.empty(shape, np.float32)
-    terminations, truncations = np.empty(shape, bool), np.empty(shape, bool)
-    final_obs = []
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        raise ValueError("envs must be made with autoreset_mode=AutoresetMode.SAME_STEP")
+    shape, space, final_obs = (args.num_steps, envs.num_envs), envs.single_action_space, []
+    obs_shape = envs.single_observation_space.shape
+    obs = torch.zeros(*shape, *obs_shape, dtype=torch.uint8, device=device)
+    actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
+    logprobs, values = torch.zeros(2, *shape, device=device)
+    rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
         obs[t] = torch.from_numpy(next_obs)
-        with torch.inference_mode():
-            actions[t], logprobs[t], _, values[t] = agent.get_action_and_value(obs[t])
-        next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(
-            actions[t].cpu().numpy()
-        )
-        if "final_obs" in infos:  # at least one episode ended
+        actions[t], logprobs[t], _, values[t] = agent.get_action_and_value(obs[t])
+        outcome = envs.step(actions[t].numpy(force=True))
+        next_obs, rewards[t], terminations[t], truncations[t], infos = outcome
+        if truncations[t].any():
             final_obs.extend(infos["final_obs"][truncations[t]])
 
-    rewards, terminations, truncations = (
-        torch.from_numpy(array).to(device) for array in (rewards, terminations, truncations)
-    )
-    with torch.no_grad():
-        last_value = agent.get_value(torch.from_numpy(next_obs).to(device))
-        next_values = torch.cat([values[1:], last_value.unsqueeze(0)])
-        if final_obs:
-            final_obs = torch.from_numpy(np.stack(final_obs)).to(device)
-            next_values[truncations] = agent.get_value(final_obs)
-    rollout = Rollout(
-        obs, actions, logprobs, values, rewards, next_values, terminations, truncations
-    )
-    return rollout, next_obs
+    last_obs = torch.as_tensor(next_obs, device=device)
+    next_values = torch.cat([values[1:], agent.get_value(last_obs).unsqueeze(0)])
+    if final_obs:
+        final_obs = torch.as_tensor(np.stack(final_obs), device=device)
+        next_values[torch.from_numpy(truncations)] = agent.get_value(final_obs)
+    stored = (obs, actions, logprobs, values, rewards, next_values)
+    tensors = (torch.as_tensor(x, device=device) for x in (*stored, terminations, truncations))
+    return Rollout(*tensors), next_obs
 
 
-def update(agent, weights, optimizer, rollout, advantages, returns, args):
-    """K epochs of minibatch steps on the surrogate objective, all samples in each epoch (detail 6).
+def update(agent, optimizer, rollout, advantages, returns, args):
+    """`args.update_epochs` epochs of minibatch steps, each in a new order (detail 6).
 
     Returns:
-        the mean of every metric over the minibatches, floats.
+        the mean of each metric over the minibatches, floats.
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
-    # To allocate a minibatch's 38 MB of floats each time would take a quarter of the update's time.
-    largest = math.ceil(len(obs) / args.num_minibatches)
-    pixels = torch.empty(largest, *obs.shape[1:], device=obs.device)
     history = []
     for mb in minibatches(len(obs), args, obs.device):
-        mb_obs = pixels[: len(mb)].copy_(obs[mb])
-        _, new_logprobs, entropy, new_values = agent.get_action_and_value(mb_obs, actions[mb])
-        mb_advantages = advantages[mb]
+        policy, new_values = agent(obs[mb])
+        new_logprobs, mb_advantages = policy.log_prob(actions[mb]), advantages[mb]
+        with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus it is only logged
+            entropy = policy.entropy()
         if args.norm_adv:  # detail 7
             mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
         loss, metrics = ppo_loss(
@@ -833,454 +567,367 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args):
         )  # fmt: skip
         history.append(metrics)
         if args.target_kl is not None and metrics["approx_kl"] > 1.5 * args.target_kl:
-            break  # before a step that would lead further away, not after it
-        weights.grad.zero_()
+            break  # before a step that would increase it
+        optimizer.zero_grad()
         loss.backward()
-        metrics["grad_norm"] = grad_norm = weights.grad.norm()
-        weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # detail 11
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # detail 11
         optimizer.step()
 
-    return {
-        name: torch.stack([metrics[name] for metrics in history if name in metrics]).mean().item()
-        for name in history[0]
-    }
+    means = {name: torch.stack([m[name] for m in history]).mean().item() for name in metrics}
+    means["explained_variance"] = 1 - ((returns - values).var() / (returns.var() + 1e-8)).item()
+    return means
 
 
 def minibatches(batch_size, args, device):
-    """Indices of minibatches: each epoch visits every sample once, in an order of its own."""
+    """Indices of the minibatches of all epochs; each epoch visits each transition once."""
     for _ in range(args.update_epochs):
         yield from torch.randperm(batch_size, device=device).tensor_split(args.num_minibatches)
 
 
 def train(args: Args) -> dict:
-    """PPO, Algorithm 1 of the paper; returns what result.json holds.
+    """PPO, Algorithm 1; returns the content of result.json.
 
-    Raises FloatingPointError if a number is not finite, and SystemExit (130 or 143) when SIGINT or
-    SIGTERM ended the run.
+    FloatingPointError if a number is not finite; ChildProcessError if an environment's process
+    fails; SystemExit, with code 130 or 143, if SIGINT or SIGTERM ended the run. However it ends,
+    the state of its last whole iteration is saved.
     """
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    envs = make_vector_env(args)
+    envs = make_vector_env(args)  # before CUDA starts, which processes can't inherit
+    device, num_threads = torch.device("cuda" if args.cuda else "cpu"), torch.get_num_threads()
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
-    weights = flatten_parameters(agent)
-    optimizer = torch.optim.Adam([weights], args.learning_rate, eps=1e-5, fused=True)  # detail 3
-    progress = Progress()
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # detail 3
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
+    progress.episodes, progress.iterations = [], []
     if args.resume:
-        progress = load_checkpoint(args.resume, agent, optimizer)
-    cores = torch.get_num_threads()
-    next_obs = start_episodes(envs, args, progress.iteration)
+        load_progress(args, agent, optimizer, progress)
+    next_obs = reset_envs(envs, args, progress.iteration)
+    batch_size = args.num_envs * args.num_steps
+    total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
 
-    with contextlib.closing(envs), contextlib.closing(RunLog(args, progress)) as log:
-        while progress.global_step < args.total_timesteps and not log.stop_signal:
+    with open_run(args, progress, total_steps) as run:
+        while progress.global_step < total_steps and not stopped:
             started = time.perf_counter()
-            remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1
-            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate  # detail 4
+            remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = remaining * args.learning_rate  # detail 4
             torch.set_num_threads(1)  # the environments' processes have the cores
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
-            torch.set_num_threads(cores)
+            torch.set_num_threads(num_threads)
             progress.iteration += 1
-            progress.global_step += rollout.rewards.numel()
+            progress.global_step += batch_size
             check_finite(progress, reward=rollout.rewards, value=rollout.next_values)
             advantages, returns = compute_gae(
                 args.reward_scale * rollout.rewards, rollout.values, rollout.next_values,
                 rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda,
             )  # fmt: skip
-            metrics = update(agent, weights, optimizer, rollout, advantages, returns, args)
-            check_finite(progress, **metrics, weights=weights)
+            metrics = update(agent, optimizer, rollout, advantages, returns, args)
+            check_finite(progress, **metrics, **agent.state_dict())
             progress.learning_seconds += time.perf_counter() - started
-
-            log.write(rollout, returns, metrics, optimizer.param_groups[0]["lr"])
+            log_iteration(run, progress, rollout, metrics, optimizer)
+            run.checkpoint = make_checkpoint(args, agent, optimizer, progress)
             if progress.iteration % args.checkpoint_interval == 0:
-                save_checkpoint(log.run_dir / "agent.pt", args, agent, optimizer, progress)
-                next_obs = start_episodes(envs, args, progress.iteration)
-                log.start_episodes()
-        save_checkpoint(log.run_dir / "agent.pt", args, agent, optimizer, progress)
-    if log.stop_signal:
-        print(f"stopped; go on with --resume {log.run_dir / 'agent.pt'}")
-        sys.exit(128 + log.stop_signal)
-    return report(args, agent, log, device)
+                save_checkpoint(run)
+    envs.close()
+    return report(args, agent, run, progress, device)
 
 
-def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
-    """Play whole episodes of the environment as Gymnasium makes it, with seeds never trained on.
-
-    Args:
-        agent: plays its deterministic actions; None plays random ones.
-        args: for the environment; with `args.render` it is shown.
-        episodes: how many; one process a core plays them, on the CPU whatever `device` is.
-        seed: the same seed gives the same episodes, whatever the agent.
-
-    Returns:
-        the undiscounted sums of the environment's own rewards, float64, (episodes,).
-    """
-    rng = np.random.default_rng(seed)
-    seeds = rng.integers(2**31, 2**32, (episodes, 2)).tolist()  # training seeds are below 2**31
-    play = functools.partial(
-        play_episode, None if agent is None else copy.deepcopy(agent).cpu(), args
-    )
-    if args.render:
-        return np.array([play(pair) for pair in seeds])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the players': this process ends them
-    pool = multiprocessing.get_context("spawn").Pool(min(episodes, count_cores()))
-    signal.signal(signal.SIGINT, handler)
-    players = multiprocessing.active_children()
-    with pool:
-        returns = pool.map_async(play, seeds, chunksize=1)
-        while not returns.ready():
-            returns.wait(1)
-            if any(player.exitcode is not None for player in players):
-                raise ChildProcessError("the process of an episode died")
-        return np.array(returns.get())
-
-
-@torch.no_grad()
-def play_episode(agent, args, seeds) -> float:
-    """The return of one episode, with seeds for the environment and for random actions."""
-    torch.set_num_threads(1)
-    env = make_env(args, "human" if args.render else None)
-    env.action_space.seed(seeds[1])
-    obs, _ = env.reset(seed=seeds[0])
-    total, ended = 0.0, False
-    while not ended:
-        (action,) = choose_actions(agent, [env], [obs], torch.device("cpu"))
-        obs, reward, terminated, truncated, _ = env.step(action)
-        total += reward
-        ended = terminated or truncated
-    env.close()
-    return total
-
-
-def choose_actions(agent, envs, obs, device):
-    """One action for each environment: the agent's deterministic one, or a random one."""
+def act(agent, envs, obs, device):
+    """Deterministic actions of the agent, (num_envs,), or random ones if it is None."""
     if agent is None:
-        return [env.action_space.sample() for env in envs]
-    obs = torch.as_tensor(np.stack(obs), dtype=torch.float32, device=device)
+        return envs.action_space.sample()
+    obs = torch.as_tensor(obs, device=device)
     return agent.get_deterministic_action(obs).numpy(force=True)
 
 
-# From here on all is convenience: checkpoints, logs, plot, GIF. If you copy the algorithm, delete
-# what you don't need, with the lines of `train` that call it.
+def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
+    """Play whole episodes, each with a seed of its own that training never uses.
+
+    Args:
+        agent: plays its deterministic actions; None plays random ones.
+        args: make the environments, at most `args.num_envs` at a time (one with `args.render`).
+        episodes: number of episodes.
+        seed: the same seed gives the same episodes, whatever the agent.
+        device: of the agent.
+
+    Returns:
+        undiscounted sums of the environment's own rewards: float64, (episodes,).
+    """
+    rounds = math.ceil(episodes / (1 if args.render else args.num_envs))
+    args = replace(args, num_envs=math.ceil(episodes / rounds))
+    envs = make_vector_env(args, training=False, render_mode="human" if args.render else None)
+    rng, returns = np.random.default_rng(seed), np.zeros((rounds, args.num_envs))
+    seeds = rng.integers(2**31, 2**32, returns.shape).tolist()  # those of training are below 2**31
+    envs.action_space.seed(int(rng.integers(2**31)))
+    envs.set_attr("blind", agent is None)
+    with tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
+        for i in range(rounds):
+            obs, playing = envs.reset(seed=seeds[i])[0], np.ones(args.num_envs, bool)
+            while playing.any():
+                obs, rewards, terminated, truncated, _ = envs.step(act(agent, envs, obs, device))
+                returns[i] += np.where(playing, rewards, 0)
+                bar.update(int((playing & (terminated | truncated)).sum()))
+                playing &= ~(terminated | truncated)
+    envs.close()
+    return returns.flatten()[:episodes]
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
+# The algorithm ends here. The utilities below are not needed to use it.
 
-    iteration: int = 0
-    global_step: int = 0
-    learning_seconds: float = 0.0
-    episodes: list = field(default_factory=list)  # (step, return, length), when each ended
-    metrics: list = field(default_factory=list)  # a dict an iteration
+
+class BadInput(ValueError):
+    """Arguments that cannot work, in one sentence."""
+
+
+def refuse(condition, reason):
+    if condition:
+        raise BadInput(reason)
+
+
+def check_args(args):
+    """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
+    half = args.num_envs * args.num_steps // 2
+    least = {"seed": 0, "eval_episodes": 0}
+    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": half}
+    for name, value in vars(args).items():
+        low = least.get(name, 1 if isinstance(value, int) else 0)
+        high, flag = most.get(name, 1e308), f"--{name.replace('_', '-')}"
+        if type(value) in (int, float):
+            refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
+    refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU that PyTorch can use")
+    refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
+    refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
+    refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
+    refuse(args.env_id != "CarRacing-v3", f"--env-id must be CarRacing-v3, not {args.env_id}")
+    try:
+        env = make_env(args, render_mode="human" if args.render else None)
+    except TypeError as error:
+        refuse("unexpected keyword argument" in str(error), f"--env-kwargs: {error}")
+        raise
+    refuse(
+        not env.unwrapped.continuous, "--env-kwargs continuous=False: actions must be continuous"
+    )
+    env.reset()
+    env.close()
+
+
+def parse_env_kwargs(args):
+    """The environment's keyword arguments, from NAME=VALUE."""
+    try:
+        return {n: ast.literal_eval(v) for n, v in (x.split("=", 1) for x in args.env_kwargs)}
+    except (ValueError, SyntaxError):
+        raise BadInput(f"--env-kwargs takes NAME=LITERAL, not {args.env_kwargs}") from None
 
 
 def check_finite(progress, **numbers):
-    """Raise FloatingPointError if one of the tensors or floats holds nan or infinity."""
+    """FloatingPointError if one of the tensors or floats is not finite."""
     for name, number in numbers.items():
         if not torch.as_tensor(number).isfinite().all():
-            raise FloatingPointError(f"{name} is not finite at step {progress.global_step}")
+            raise FloatingPointError(f"not finite at step {progress.global_step}: {name}")
 
 
-def save_checkpoint(path, args, agent, optimizer, progress):
-    """Write all that `--resume` and `load_agent` need, in plain types and tensors.
-
-    It is written beside `path` and moved there, so a kill at any time leaves a whole checkpoint.
-    """
-    checkpoint = {
-        "script": Args.exp_name,
-        "args": dataclasses.asdict(args) | {"evaluate": None, "render": False, "resume": None},
-        "agent": agent.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": dataclasses.asdict(progress),
-    }
-    temporary = path.with_suffix(".tmp")
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def make_checkpoint(args, agent, optimizer, progress):
+    """A copy of all that `--resume` and `load_agent` need: plain types and tensors."""
+    settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
+    counts = {name: copy.copy(value) for name, value in vars(progress).items()}
+    state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": counts}
+    return checkpoint | copy.deepcopy(state)
 
 
-def read_checkpoint(path):
-    """What `save_checkpoint` wrote, and its Args; ValueError if `path` is something else."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is not a file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        args = Args(**checkpoint["args"]) if script == Args.exp_name else None
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(f"{path} is damaged, or no checkpoint of {Args.exp_name}.py") from error
-    if args is None:
-        raise ValueError(f"{path} is a checkpoint of {script}.py, not of {Args.exp_name}.py")
-    return checkpoint, args
+def save_checkpoint(run):
+    """Written beside agent.pt and moved there: a kill at any time leaves a whole file."""
+    torch.save(run.checkpoint, run.folder / "agent.tmp")
+    (run.folder / "agent.tmp").replace(run.folder / "agent.pt")
 
 
-def load_checkpoint(path, agent, optimizer):
-    """Give `agent` and `optimizer` their saved state; returns the saved Progress."""
-    checkpoint, _ = read_checkpoint(path)
+def load_progress(args, agent, optimizer, progress):
+    """Continue from the checkpoint `args.resume`."""
+    checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return Progress(**checkpoint["progress"])
+    vars(progress).update(checkpoint["progress"])
+    progress.resumes += 1
 
 
 def load_agent(path, device):
-    """The agent of a checkpoint and its Args; ValueError if `path` is not one of this script."""
-    checkpoint, args = read_checkpoint(path)
+    """(agent, args) of a checkpoint; ValueError if `path` is not a checkpoint of this script."""
     try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        refuse(checkpoint["script"] != Args.exp_name, f"it is of {checkpoint['script']}.py")
+        args = Args(**checkpoint["args"])
         env = make_env(args)
         agent = Agent(env.observation_space, env.action_space)
-        env.close()
         agent.load_state_dict(checkpoint["agent"])
-    except Exception as error:  # the environment is missing, or another than it was
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ValueError(f"{path} does not fit its environment {args.env_id}: {reason}") from error
+    except Exception as error:  # torch.load alone raises errors of many kinds
+        raise BadInput(f"{path} is no checkpoint of {Args.exp_name}.py: {error!r:.200}") from None
     return agent.to(device), args
 
 
-def make_run_dir(args):
-    """A new folder in runs/, named after environment, experiment, seed and time."""
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
-    Path("runs").mkdir(exist_ok=True)
-    for second in itertools.count(int(time.time())):
-        with contextlib.suppress(FileExistsError):  # another run of this second
-            run_dir = Path("runs", f"{name}__{second}")
-            run_dir.mkdir()
-            return run_dir
+@contextlib.contextmanager
+def open_run(args, progress, total_steps):
+    """The run's folder, TensorBoard and progress bar.
 
-
-class RunLog:
-    """The run's folder, TensorBoard and progress bar, and the signals that end it.
-
-    `stop_signal` is the SIGINT or SIGTERM that came, so that the loop can end between iterations; a
-    second one ends the process at once.
+    However the run ends, `checkpoint` is saved: the state of its last whole iteration.
     """
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    folder = args.resume.parent if args.resume else Path("runs", name.replace("/", "_"))
+    folder.mkdir(parents=True, exist_ok=args.resume is not None)
+    print(f"run folder {folder}")
+    script = Path(__file__).read_bytes()
+    (folder / f"{Args.exp_name}.py").write_bytes(script)
+    if args.track:
+        import wandb
 
-    def __init__(self, args, progress):
-        self.args, self.progress, self.stop_signal = args, progress, 0
-        self.started = time.perf_counter()
-        self.run_dir = args.resume.parent if args.resume else make_run_dir(args)
-        print(f"run folder {self.run_dir}")
-        self.writer = SummaryWriter(self.run_dir, purge_step=progress.global_step + 1)
-        rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|{rows}")
-        batch_size = args.num_envs * args.num_steps
-        total = math.ceil(args.total_timesteps / batch_size) * batch_size
-        self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
-        self.start_episodes()
-        self.handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        for number in self.handlers:
-            signal.signal(number, self.stop)
-
-    def stop(self, number, _):
-        self.stop_signal = number
-        for number in self.handlers:
-            signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
-
-    def close(self):
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def start_episodes(self):
-        self.returns = np.zeros(self.args.num_envs)
-        self.lengths = np.zeros(self.args.num_envs, int)
-
-    def write(self, rollout, returns, metrics, learning_rate):
-        """Record an iteration: the episodes that ended in it, the means of its metrics."""
-        progress, step = self.progress, self.progress.global_step - rollout.rewards.numel()
-        ends = (rollout.terminations | rollout.truncations).numpy(force=True)
-        for rewards, ended in zip(rollout.rewards.numpy(force=True), ends, strict=True):
-            step += len(rewards)
-            self.returns += rewards
-            self.lengths += 1
-            for i in np.flatnonzero(ended):
-                self.record_episode(step, i)
-            self.returns[ended] = self.lengths[ended] = 0
-        unexplained = (returns - rollout.values).var() / returns.var()
-        metrics = metrics | {"explained_variance": 1 - unexplained.item()}
-        last = [episode[1] for episode in progress.episodes[-100:]]
-        mean = float(np.mean(last)) if last else None
-        point = {"step": step, "seconds": progress.learning_seconds, "episodic_return": mean}
-        progress.metrics.append(metrics | point)
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"losses/{name}", value, step)
-        self.writer.add_scalar("charts/learning_rate", learning_rate, step)
-        self.writer.add_scalar("charts/SPS", step / progress.learning_seconds, step)
-        if last:
-            self.bar.set_postfix_str(f"return {mean:.1f}", refresh=False)
-        self.bar.update(rollout.rewards.numel())
-
-    def record_episode(self, step, i):
-        """Record that an episode ended in environment `i`."""
-        episode_return, length = self.returns[i].item(), self.lengths[i].item()
-        self.progress.episodes.append((step, episode_return, length))
-        self.writer.add_scalar("charts/episodic_return", episode_return, step)
-        self.writer.add_scalar("charts/episodic_length", length, step)
-
-
-def report(args, agent, log, device):
-    """Compare the trained agent with a random one: print, plot, film, write result.json."""
-    threshold = reward_threshold(args)
-    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
-    print(f"playing {args.eval_episodes} episodes with a random agent and with the trained one")
-    random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
-    returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
-    result = {
-        "run_dir": str(log.run_dir),
-        "global_step": log.progress.global_step,
-        "learning_seconds": log.progress.learning_seconds,
-        "wall_seconds": time.perf_counter() - log.started,
-        "eval_returns": returns.tolist(),
-        "eval_mean": float(returns.mean()),
-        "eval_std": float(returns.std()),
-        "random_returns": random_returns.tolist(),
-        "threshold": threshold,
-        "solved": None if threshold is None else bool(returns.mean() >= threshold),
-        "curve": {
-            name: [point[name] for point in log.progress.metrics]
-            for name in ("step", "seconds", "episodic_return")
-        },
-        "args": dataclasses.asdict(args),
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in (torch, gym, np)},
-    }
-    (log.run_dir / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+        wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
+    run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
+    run.sha256 = hashlib.sha256(script).hexdigest()
+    run.running = [[0.0, 0] for _ in range(args.num_envs)]  # return and length of each episode
+    run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
+    run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)
+    run.writer.add_text("hyperparameters", f"    {args}")
     try:
-        save_gif(log.run_dir / "agent.gif", args, agent, device)
-    except Exception as error:  # whatever an environment raises that cannot be drawn here
-        print(f"no GIF: {type(error).__name__} {error}")
-    print(summary("random agent", random_returns))
-    print(summary("trained agent", returns, threshold))
+        yield run
+    finally:
+        if error := sys.exception():
+            error.add_note(f"{args.env_id}, after step {progress.global_step}")
+        if run.checkpoint:
+            save_checkpoint(run)
+        run.bar.close()
+        run.writer.close()
+    if stopped:
+        print(f"stopped; continue with --resume {folder / 'agent.pt'}")
+        sys.exit(128 + stopped[0])
+
+
+def log_iteration(run, progress, rollout, metrics, optimizer):
+    """Log metrics, and the episodes that ended, each at the step of its last transition."""
+    dones, ended = rollout.terminations | rollout.truncations, False
+    transitions = zip(rollout.rewards.flatten().tolist(), dones.flatten().tolist(), strict=True)
+    for step, (reward, done) in enumerate(transitions, progress.global_step - dones.numel() + 1):
+        episode = run.running[(step - 1) % dones.shape[1]]
+        episode[:] = episode[0] + reward, episode[1] + 1
+        if done:
+            progress.episodes.append((step, *episode))
+            run.writer.add_scalar("charts/episodic_return", episode[0], step)
+            run.writer.add_scalar("charts/episodic_length", episode[1], step)
+            episode[:], ended = (0.0, 0), True
+    scalars = {f"losses/{name}": value for name, value in metrics.items()}
+    scalars["charts/SPS"] = progress.global_step / progress.learning_seconds
+    scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+    for name, value in scalars.items():
+        run.writer.add_scalar(name, value, progress.global_step)
+    mean = np.mean([episode[1] for episode in progress.episodes[-100:]]).item() if ended else None
+    point = {"step": progress.global_step, "seconds": progress.learning_seconds}
+    progress.iterations.append(metrics | point | {"episodic_return": mean})
+    run.bar.update(dones.numel())
+
+
+def report(args, agent, run, progress, device):
+    """Plot the run, evaluate a random and the trained agent, film them, write result.json."""
+    save_plot(run.folder / "training.png", args, progress)
+    random_returns, returns = [], []
+    if args.eval_episodes:
+        save_gif(run.folder / "agent.gif", args, agent, device)
+        random_returns = play(None, args, 10, device)
+        returns = play(agent, args, args.eval_episodes, device)
+    mean, std = (np.mean(returns).item(), np.std(returns).item()) if returns else (None, None)
+    threshold = gym.spec(args.env_id).reward_threshold
+    solved = mean >= threshold if returns and threshold is not None else None
+    result = {"run_dir": str(run.folder), "global_step": progress.global_step}
+    result |= {"learning_seconds": progress.learning_seconds, "resumes": progress.resumes}
+    result |= {"wall_seconds": time.perf_counter() - run.started, "args": asdict(args)}
+    result |= {"eval_returns": returns, "eval_mean": mean, "eval_std": std, "solved": solved}
+    result |= {"random_returns": random_returns, "threshold": threshold, "sha256": run.sha256}
+    result["versions"] = {module.__name__: module.__version__ for module in (torch, gym, np)}
+    for name in ("step", "seconds", "episodic_return"):
+        result.setdefault("curve", {})[name] = [point[name] for point in progress.iterations]
+    (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     return result
 
 
-def reward_threshold(args):
-    """The return from which the environment counts as solved, or None."""
-    return getattr(make_env(args).spec, "reward_threshold", None)
+def play(agent, args, episodes, device):
+    """Evaluate a random (None) or trained agent and print the result; list of returns."""
+    returns = evaluate(agent, args, episodes, args.seed, device)
+    threshold, name = gym.spec(args.env_id).reward_threshold, "trained" if agent else "random"
+    line = f"{name:7} agent {returns.mean():8.1f} ± {returns.std():5.1f} over {episodes} episodes"
+    if agent and threshold is not None:
+        solved = "solved" if returns.mean() >= threshold else "not solved"
+        line += f", {solved} (threshold {threshold:g})"
+    print(line)
+    return returns.tolist()
 
 
-def summary(name, returns, threshold=None):
-    """One line: mean and standard deviation, and whether they reach the threshold."""
-    line = f"{name:13} {returns.mean():6.1f} ± {returns.std():5.1f} over {len(returns)} episodes"
-    if threshold is None:
-        return line
-    verdict = "solved" if returns.mean() >= threshold else "not solved"
-    return f"{line}, {verdict} (threshold {threshold:g})"
-
-
-def save_plot(path, args, progress, threshold):
-    """Draw the return of every episode, and losses, entropy and KL of every iteration."""
+def save_plot(path, args, progress):
+    """Plot the return of each episode, and losses, entropy and KL of each iteration."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     names = ["policy_loss", "value_loss", "entropy", "approx_kl"]
-    axes = figure.subplot_mosaic([["return"] * len(names), names], height_ratios=[2, 1])
-    for name in names:
-        steps, values = zip(*[(m["step"], m[name]) for m in progress.metrics], strict=True)
-        axes[name].plot(steps, values)
-    if progress.episodes:
-        steps, returns, _ = np.array(progress.episodes).T
-        window = min(100, len(returns))
-        average = np.convolve(returns, np.full(window, 1 / window), mode="valid")
-        axes["return"].plot(steps, returns, ".", markersize=2, alpha=0.5, label="episode")
-        axes["return"].plot(steps[window - 1 :], average, label=f"mean of {window} episodes")
-    if threshold is not None:
-        axes["return"].axhline(threshold, color="black", linestyle="--", label="threshold")
-    if axes["return"].lines:
-        axes["return"].legend(loc="lower right")
+    axes = figure.subplot_mosaic([["episodic_return"] * 4, names], height_ratios=[2, 1])
+    ends, returns, _ = np.array(progress.episodes).reshape(-1, 3).T
+    axes["episodic_return"].plot(ends, returns, ".", alpha=0.3)
     for name, axis in axes.items():
-        axis.set(title=name.replace("_", " "), xlabel="environment steps")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.grid(alpha=0.3)
-    axes["return"].set_title(f"{args.env_id}, seed {args.seed}")
-    figure.savefig(path, dpi=100)
+        points = [(point["step"], point[name]) for point in progress.iterations]
+        axis.plot(*np.array(points, float).T, marker=".")  # None, no episode ended, is a gap
+        axis.set(xlabel="environment steps", ylabel=name.replace("_", " "))
+    axes["episodic_return"].set_title(f"{args.env_id}: episodes, and mean of the last 100")
+    figure.savefig(path)
 
 
 def save_gif(path, args, agent, device):
-    """Film an episode of the trained agent beside one of a random agent, repeated as needed."""
-    metadata = make_env(args).metadata
-    if "rgb_array" not in metadata.get("render_modes", []):
-        raise ValueError(f"{args.env_id} has no render mode rgb_array")
-    fps = metadata.get("render_fps", 30)
-    every = math.ceil(fps / 25)  # more frames a second would only make the file larger
-    untrained, trained = film(None, args, device, every), film(agent, args, device, every)
-    frames = []
-    for left, right in zip(itertools.cycle(untrained), trained, strict=False):
-        frame = Image.new("RGB", (left.width + right.width, left.height + 16), "white")
-        frame.paste(left, (0, 16))
-        frame.paste(right, (left.width, 16))
-        ImageDraw.Draw(frame).text((4, 2), "random", fill="black")
-        ImageDraw.Draw(frame).text((left.width + 4, 2), "trained", fill="black")
-        frames.append(frame)
-    duration = 1000 * every / fps
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=duration)
+    """Film a random agent (left) and the trained one (right); a line says if it can't be drawn."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
+    try:
+        envs = make_vector_env(replace(args, num_envs=2), training=False, render_mode="rgb_array")
+        obs, frames = envs.reset(seed=[args.seed] * 2)[0], []
+        for _ in range(250):
+            frames.append(Image.fromarray(np.hstack(envs.render())).reduce(2))
+            actions = act(None, envs, obs, device)
+            actions[1] = act(agent, envs, obs, device)[1]
+            obs = envs.step(actions)[0]
+        envs.close()
+        duration = 1000 / envs.metadata.get("render_fps", 30)
+        frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=duration)
+    except Exception as error:  # whatever an environment raises that can't be drawn here
+        print(f"no GIF: {error!r}")
 
 
-@torch.no_grad()
-def film(agent, args, device, every):
-    """Every so many-th frame of one episode, at most 250, as small images."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display for this
-    env = make_env(args, "rgb_array")
-    env.action_space.seed(args.seed + 1)
-    obs, _ = env.reset(seed=args.seed)
-    frames = []
-    for step in range(250 * every):
-        if step % every == 0:
-            frames.append(ImageOps.contain(Image.fromarray(env.render()), (300, 300)))
-        (action,) = choose_actions(agent, [env], [obs], device)
-        obs, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            break
-    env.close()
-    return frames
+stopped = []  # the SIGINT or SIGTERM that `main` received, which ends the training loop
+
+
+def stop(number, _):
+    print("stopping after this iteration; again to stop at once", flush=True)
+    stopped.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 
 def main() -> None:
-    """Train, go on with a run (--resume), or evaluate a checkpoint (--evaluate)."""
+    """Train, continue a run (--resume), or evaluate a checkpoint (--evaluate)."""
+    gym.logger.min_level = gym.logger.ERROR
     args = tyro.cli(Args)
     try:
         if path := args.evaluate or args.resume:
             agent, saved = load_agent(path, "cpu")
-            if args.resume and not read_checkpoint(path)[0].get("optimizer"):
-                raise ValueError(f"{path} holds no optimiser state: evaluate it, or train anew")
-            if args.resume and path.name != "agent.pt":  # it would be written there
-                raise ValueError(f"--resume takes the agent.pt of a run folder, not {path}")
-            cuda = args.cuda if args.evaluate else saved.cuda
-            args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
-            for name in (
-                "env_id",
-                "env_kwargs",
-                "domain_randomize",
-                "action_repeat",
-                "frame_stack",
-            ):
-                if getattr(args, name) != getattr(saved, name):
-                    flag = name.replace("_", "-")
-                    raise ValueError(f"--{flag} cannot differ from what {path} was trained with")
+            args = tyro.cli(Args, default=saved)
+            for name in ("env_id", "env_kwargs", "exp_name", "action_repeat", "frame_stack"):
+                old, new = getattr(saved, name), getattr(args, name)
+                refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)
-    except ValueError as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    try:
-        if args.render:
-            for seed in range(args.seed, args.seed + args.eval_episodes):
-                print(f"return {evaluate(agent.to(device), args, 1, seed, device).item():.1f}")
-        elif args.evaluate:
-            threshold = reward_threshold(args)
-            returns = evaluate(agent.to(device), args, args.eval_episodes, args.seed, device)
-            print(summary("trained agent", returns, threshold))
+        device = torch.device("cuda" if args.cuda else "cpu")
+        if args.evaluate:
+            play(agent.to(device), args, args.eval_episodes, device)
         else:
             train(args)
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, ChildProcessError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError):
+            error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
+            raise
+        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id}:"
+        print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
+        sys.exit(2)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     main()

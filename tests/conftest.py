@@ -72,7 +72,7 @@ def small(script, in_tmp):
 
 
 @pytest.fixture
-def flags(script):
+def flags(script, in_tmp):
     """Gives the command line for `small`, with other values and any further flags."""
 
     def flags(**changes):
@@ -163,7 +163,7 @@ def record_updates(script, monkeypatch):
 
 
 @pytest.fixture
-def main(script, monkeypatch, capsys):
+def main(script, in_tmp, monkeypatch, capsys):
     """Runs `main` with flags, in this process; returns exit code, standard output and error."""
 
     def main(*flags):

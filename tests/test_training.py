@@ -53,7 +53,7 @@ def test_value_of_terminating_episodes_is_not_bootstrapped(script, small, toy):
 
 
 def correct(obs, action):
-    """1 where the action (0, or a first number below 0) has the sign of the observation."""
+    """1 where the action (1, or a number above 0) has the sign of the observation."""
     right = action[..., 0] > 0 if action.is_floating_point() else action == 1
     return (right == (obs[..., 0] > 0)).float()
 
@@ -116,7 +116,7 @@ class Sign(gym.Env):
 
 
 def test_agent_drops_into_cleanrls_loop(script, two_actions):
-    """CleanRL's ppo.py, shortened: get_value, get_action_and_value, its own GAE and its own loss."""
+    """CleanRL's ppo.py, shortened: get_value, get_action_and_value, its own GAE and loss."""
     torch.manual_seed(0)
     envs = SyncVectorEnv([lambda: Sign(two_actions)] * 8)
     agent = script.Agent(envs.single_observation_space, envs.single_action_space)

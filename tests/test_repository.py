@@ -1,0 +1,104 @@
+"""The repository agrees with itself: dependencies, flags, sizes, shared text."""
+
+import ast
+import dataclasses
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONVERTED, ROOT
+
+LINES = {  # of code, of the file
+    "ppo_discrete": (450, 640),
+    "ppo_continuous": (500, 700),
+    "ppo_carracing_cnn": (540, 760),
+    "ppo_multienv": (600, 840),
+}
+
+
+def test_inline_metadata_equals_requirements(script):
+    """`uv run` needs what requirements.txt lists, but for pytest."""
+    source = Path(script.__file__).read_text()
+    block = re.match(r"# /// script\n(?:#.*\n)*?# ///\n", source)[0]
+    listed = re.findall(r'^#     "(.*)",$', block, re.M)
+    required = (ROOT / "requirements.txt").read_text().split()
+    assert sorted([*listed, "pytest"]) == sorted(required)
+
+
+def test_a_script_imports_only_what_its_metadata_lists(script):
+    """And the standard library; wandb only when asked for."""
+    source = Path(script.__file__).read_text()
+    block = source.split("# ///\n")[0]
+    packages = {re.split(r"[\[>]", name)[0] for name in re.findall(r'"(.*)"', block)} | {"PIL"}
+    for node in ast.parse(source).body:
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            top = name.split(".")[0]
+            assert top in packages or top in sys.stdlib_module_names, name
+
+
+def test_every_flag_is_explained(main, script):
+    """By a comment behind it, which --help shows."""
+    code, output, _ = main("--help")
+    assert code == 0
+    shown = re.sub(r"[\s│]+", " ", output)
+    lines = Path(script.__file__).read_text().splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith("class Args")]
+    for field in dataclasses.fields(script.Args):
+        assert f"--{field.name.replace('_', '-')}" in shown
+        (i,) = [i for i in range(start, start + 120) if re.match(rf"    {field.name}: ", lines[i])]
+        comment = lines[i].partition("  # ")[2] or lines[i - 1].strip().partition("# ")[2]
+        assert comment, f"{field.name} has no comment"
+        assert comment.split(";")[0].split(":")[0].replace("`", "")[:20] in shown.replace("`", "")
+
+
+VARIANTS = {  # what may differ between scripts; all else of one name is of one text
+    "Args", "Agent", "Rollout", "check_args", "make_env", "make_vector_env", "collect_rollout",
+    "update", "train", "evaluate", "load_agent", "main",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(CONVERTED, 2)))
+def test_shared_text_is_the_same(first, second):
+    texts = []
+    for name in (first, second):
+        source = (ROOT / f"{name}.py").read_text()
+        texts.append(
+            {
+                node.name: ast.get_source_segment(source, node)
+                for node in ast.parse(source).body
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            }
+        )
+    shared = (texts[0].keys() & texts[1].keys()) - VARIANTS
+    assert {"compute_gae", "ppo_loss", "save_checkpoint", "report"} <= shared
+    for name in shared:
+        assert texts[0][name] == texts[1][name], name
+
+
+@pytest.mark.xfail(reason="ppo_discrete.py is still being shortened")
+def test_a_file_is_short(script):
+    """DESIGN: lines of code, of the file, of a function. Docstrings and comments are not code."""
+    source = Path(script.__file__).read_text()
+    lines, tree = source.splitlines(), ast.parse(source)
+    documented = ast.FunctionDef | ast.ClassDef | ast.Module
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    docstrings = {
+        i
+        for node in nodes
+        if ast.get_docstring(node)
+        for i in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    code = [
+        i
+        for i, line in enumerate(lines, 1)
+        if line.strip() and not line.strip().startswith("#") and i not in docstrings
+    ]
+    of_code, of_file = LINES[script.__name__]
+    assert len(code) <= of_code and len(lines) <= of_file
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
