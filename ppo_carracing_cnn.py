@@ -392,7 +392,7 @@ class Agent(nn.Module):
     def forward(self, obs):
         """pi(.|s), a torch.distributions.Distribution, and V(s)."""
         frames, lap = obs[:, :96], obs[:, 96:, 0, 0]  # for both, and for the critic alone
-        # Scaled to [0, 1] (Atari 9), in place to save a sixth of the update's time on a CPU; channels
+        # Scaled to [0, 1] (Atari 9), in place to save a sixth of the time on a CPU; channels
         # stay last in memory, which halves it.
         pixels = frames.permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(255)
         features = self.body(pixels)
