@@ -40,7 +40,7 @@ import os
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -708,7 +708,7 @@ def open_run(args, progress, total_steps):
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
     run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
     run.sha256 = hashlib.sha256(script).hexdigest()
-    run.running = [[0.0, 0] for _ in range(args.num_envs)]  # return and length of each episode
+    run.running = defaultdict(lambda: [0.0, 0])  # return and length of each environment's episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
     run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)
     run.writer.add_text("hyperparameters", f"    {args}")

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium[box2d]>=1.1",
 #     "matplotlib",
@@ -10,697 +10,496 @@
 #     "tyro",
 # ]
 # ///
-"""Proximal Policy Optimization with many environments: PPO-Clip, whole in this file.
+"""Proximal Policy Optimization (PPO) with many environments in one file, on one machine or many.
 
-Environments step in worker processes, and `torchrun` repeats the whole over several processes, GPUs
-and machines, which average their gradients. A policy and a value, two heads on one network, learn
-any Gymnasium environments with vector observations, and discrete or continuous actions.
+Worker processes step the environments; `torchrun` adds processes, GPUs and machines. Actor and
+critic are two heads on one MLP; actions are discrete or continuous.
 
-    python ppo_multienv.py                                          # LunarLander-v3
-    torchrun --nproc-per-node 2 ppo_multienv.py                     # twice the environments
-    python ppo_multienv.py --evaluate runs/<run>/agent.pt --render  # watch a trained agent
+    python ppo_multienv.py                                              # LunarLander-v3, all cores
+    python ppo_multienv.py --env-id BipedalWalker-v3 --num-envs 64      # all flags: --help
+    python ppo_multienv.py --evaluate runs/<run>/agent.pt --render      # watch a trained agent
+    python ppo_multienv.py --resume runs/<run>/agent.pt                 # continue a stopped run
+    torchrun --nproc-per-node 4 ppo_multienv.py                         # 4 processes
+    torchrun --nproc-per-node 8 ppo_multienv.py --cuda                  # a GPU each
+    torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr HOST --master-port 29500 \
+        ppo_multienv.py --cuda                                          # the first of 2 machines
 
-The comments cite
+References:
     PPO          Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
     GAE          Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized
                  Advantage Estimation, arXiv:1506.02438
     time limits  Pardo et al. 2018, Time Limits in Reinforcement Learning, arXiv:1712.00378
-    detail 1-13  Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
-                 ICLR blog track: the thirteen that concern every PPO
-    cont. 1-9    there, the nine for continuous actions (all but 4, separate networks)
+    detail n     Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization,
+                 ICLR blog track: the core details 1 to 13
+    cont. n      the same, the details for continuous actions
 """
 
 import ast
 import atexit
 import contextlib
-import dataclasses
+import copy
 import datetime
-import functools
-import io
-import itertools
+import hashlib
 import json
 import math
 import multiprocessing
 import os
-import platform
-import random
-import re
 import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from collections import defaultdict, namedtuple
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from gymnasium import spaces
-from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory
+from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space, create_shared_memory, read_from_shared_memory
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+# Set by torchrun: this process's number among all and on its machine, and how many there are.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE, LOCAL_SIZE = (int(os.environ.get(f"{x}WORLD_SIZE", 1)) for x in ("", "LOCAL_"))
 
 
 @dataclass
 class Args:
-    """Train PPO with many environments; the defaults suit LunarLander-v3."""
+    """Train PPO with many environments. The defaults suit LunarLander-v3."""
 
-    exp_name: str = "ppo_multienv"
-    """name of the experiment, a part of the run folder's name"""
-    seed: int = 1
-    """all randomness of the run follows from it"""
-    cuda: bool = False
-    """compute on the GPU (for networks as small as these, the CPU is faster)"""
+    exp_name: str = "ppo_multienv"  # name of the experiment, part of the run folder's name
+    seed: int = 1  # random seed
+    cuda: bool = False  # train on the GPU, one for each process of torchrun
+    track: bool = False  # log to Weights & Biases (project: environment variable WANDB_PROJECT)
 
-    env_ids: tuple[str, ...] = ("LunarLander-v3",)
-    """Gymnasium environments with equal spaces, each which take turns among the `num_envs`;
-    `module:Name-v0` imports the module first"""
-    env_kwargs: tuple[str, ...] = ()
-    """arguments of the environments, such as `--env-kwargs continuous=True`"""
-    total_timesteps: int = 1_000_000
-    """environment steps to train for, all environments together, rounded up to whole iterations"""
-    num_envs: int = 32
-    """environments that run side by side in each process of torchrun (the paper's N)"""
-    num_steps: int = 256
-    """steps in each environment per iteration (the paper's T)"""
-    num_workers: int | None = None
-    """processes that step the environments, 0 for none but this (None: one a core, which the
-    processes of torchrun share)"""
-    worker_timeout: float = 300.0
-    """seconds after which a step of the environments that does not end ends the run"""
-    rank_timeout: float = 600.0
-    """seconds after which a process of torchrun that is not heard of ends the run"""
+    env_id: str = "LunarLander-v3"  # Gymnasium environment; `module:Name-v0` imports the module
+    env_kwargs: tuple[str, ...] = ()  # its arguments, such as `continuous=True`
+    total_timesteps: int = 1_000_000  # total environment steps, rounded up to whole iterations
+    num_envs: int = 32  # number of parallel environments per process of torchrun (N)
+    num_steps: int = 256  # steps per environment and iteration (T)
+    num_workers: int | None = None  # worker processes (None: one per core; 0: none)
+    step_timeout: float = 300.0  # seconds after which a step that has not returned ends the run
+    rank_timeout: float = 600.0  # seconds after which a silent process of torchrun ends the run
 
-    learning_rate: float = 1e-3
-    """step size of Adam"""
-    anneal_lr: bool = True
-    """let the learning rate fall to 0, linearly"""
-    gamma: float = 0.999
-    """discount factor"""
-    gae_lambda: float = 0.98
-    """lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo"""
-    num_minibatches: int = 16
-    """minibatches an epoch; num_envs * num_steps / num_minibatches, times the number of processes,
-    is the paper's M"""
-    update_epochs: int = 6
-    """epochs an iteration (the paper's K)"""
-    norm_adv: bool = True
-    """normalise the advantages of each minibatch"""
-    clip_coef: float = 0.2
-    """how far from 1 the ratio of new to old probability pays (the paper's epsilon)"""
-    clip_vloss: bool = False
-    """clip the value loss too (Engstrom et al. 2020 and Andrychowicz et al. 2021 found no gain)"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus (the paper's c_2)"""
-    vf_coef: float = 0.5
-    """weight of the value loss (the paper's c_1)"""
-    max_grad_norm: float = 0.5
-    """the gradient is scaled down to this norm if it is larger"""
-    target_kl: float | None = None
-    """the iteration's updates end when the KL passes 1.5 times this (None: never)"""
-    norm_obs: bool = True
-    """normalise observations by running moments, which are saved as a part of the agent"""
-    norm_reward: bool = True
-    """scale rewards, in training, by the running deviation of the discounted return"""
-    log_std_init: float = 0.0
-    """first logarithm of the actions' standard deviation; finite bounds count as -1 and 1"""
+    learning_rate: float = 1e-3  # learning rate of Adam
+    anneal_lr: bool = True  # linearly anneal the learning rate to 0
+    gamma: float = 0.999  # discount factor
+    gae_lambda: float = 0.98  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
+    num_minibatches: int = 16  # minibatches per epoch, of N * T / num_minibatches transitions
+    update_epochs: int = 6  # epochs per iteration (K)
+    norm_adv: bool = True  # normalize the advantages of each minibatch
+    clip_coef: float = 0.2  # clipping range of the probability ratio (epsilon)
+    clip_vloss: bool = False  # clip the value loss (no gain: Engstrom 2020, Andrychowicz 2021)
+    ent_coef: float = 0.01  # coefficient of the entropy bonus (c_2)
+    vf_coef: float = 0.5  # coefficient of the value loss (c_1)
+    max_grad_norm: float = 0.5  # maximum norm of the gradient
+    target_kl: float | None = None  # stop the update at a KL above 1.5 times this (None: never)
+    norm_obs: bool = True  # normalize observations by running mean and variance
+    norm_reward: bool = True  # scale rewards by the deviation of the discounted return
+    log_std_init: float = 0.0  # initial log standard deviation; bounded actions are in [-1, 1]
+    hidden_size: int = 128  # units per hidden layer
 
-    checkpoint_interval: int = 50
-    """iterations between checkpoints, at which all environments start new episodes (so this times
-    num_steps should be a good deal more than an episode lasts)"""
-    eval_episodes: int = 100
-    """episodes of the evaluation"""
-    evaluate: Path | None = None
-    """checkpoint (agent.pt) to evaluate instead of training"""
-    render: bool = False
-    """with --evaluate: show the episodes in a window"""
-    resume: Path | None = None
-    """checkpoint (agent.pt) to go on from, which every machine must see; flags given beside it
-    override the saved ones"""
-
-    @property
-    def env_id(self) -> str:
-        """The environments' names in one."""
-        return "+".join(self.env_ids)
+    checkpoint_interval: int = 50  # iterations between checkpoints
+    eval_episodes: int = 100  # evaluation episodes (0: no evaluation and no GIF)
+    evaluate: Path | None = None  # checkpoint (agent.pt) to evaluate instead of training
+    render: bool = False  # with --evaluate: show the episodes in a window
+    resume: Path | None = None  # checkpoint (agent.pt) to continue; flags override its settings
 
 
-def check_args(args: Args) -> None:
-    """Raise ValueError, one sentence that names the flag, if the run cannot work with `args`."""
-    if args.num_envs == args.num_steps == 1:
-        raise ValueError("--num-envs times --num-steps must be at least 2, not 1")
-    least = {"seed": 0, "num_workers": 0, "log_std_init": -20}
-    most = {
-        "seed": 2**63 - 1,
-        "gamma": 1,
-        "gae_lambda": 1,
-        "num_minibatches": args.num_envs * args.num_steps // 2,
-        "log_std_init": 20,
-        "worker_timeout": 1e6,
-        "rank_timeout": 1e6,
-    }
-    for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        low = least.get(name, 1 if isinstance(value, int) else 0)
-        high = most.get(name, math.inf)
-        if not (low <= value <= high and value < math.inf):
-            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU that PyTorch can use, and finds none; give --no-cuda")
-    if args.cuda and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        raise ValueError("--cuda needs a GPU for each process of torchrun; start fewer")
-    if args.render and not args.evaluate:
-        raise ValueError("--render needs --evaluate PATH")
-    if args.evaluate and args.resume:
-        raise ValueError("--evaluate and --resume exclude each other")
-    if args.evaluate and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--evaluate is for one process; leave torchrun out")
-    if not 1 <= len(args.env_ids) <= args.num_envs:
-        raise ValueError("--env-ids takes from 1 to --num-envs environments")
-    parse_env_kwargs(args)
-    all_spaces = {}
-    for index, env_id in enumerate(args.env_ids):
-        try:
-            env = make_env(args, "human" if args.render else None, index)
-            env.reset()
-            env.step(env.action_space.sample())
-        except Exception as error:  # whatever a user's own environment raises
-            reason = " ".join(f"{type(error).__name__} {error}".split())
-            raise ValueError(f"--env-ids {env_id} does not start: {reason}") from error
-        env.close()
-        obs_space, action_space = env.observation_space, env.action_space
-        all_spaces[env_id] = (obs_space, action_space)
-        if not isinstance(obs_space, spaces.Box) or len(obs_space.shape) != 1:
-            raise ValueError(
-                f"--env-ids {env_id} observes {obs_space}; this script takes vectors (Box of one "
-                "dimension), which gymnasium.wrappers.FlattenObservation makes of most others"
-            )
-        if not isinstance(action_space, spaces.Discrete) and not takes_real_vectors(env):
-            raise ValueError(
-                f"--env-ids {env_id} takes actions from {action_space}; this script gives Discrete "
-                "ones or vectors of real numbers (Box of one dimension)"
-            )
-        if all_spaces[env_id] != all_spaces[args.env_ids[0]]:
-            raise ValueError(
-                f"--env-ids need equal spaces: {args.env_ids[0]} has "
-                f"{all_spaces[args.env_ids[0]]}, {env_id} has {all_spaces[env_id]}"
-            )
+def make_env(args: Args, training: bool = True, render_mode: str | None = None) -> gym.Env:
+    """One environment, with vector observations and actions 0 to n - 1, or scaled to [-1, 1]."""
+    kwargs = parse_env_kwargs(args) | ({"render_mode": render_mode} if render_mode else {})
+    env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
+    if not training and env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)
+    if isinstance(env.action_space, Discrete) and (start := env.action_space.start) != 0:
+        env = gym.wrappers.TransformAction(env, lambda a: a + start, Discrete(env.action_space.n))
+    if is_real_vector(env.action_space):
+        env = scale_actions(env)
+    if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return PlainEnv(env)
 
 
-def parse_env_kwargs(args: Args) -> dict:
-    """The environment's arguments by name, from NAME=VALUE each."""
-    try:
-        kwargs = dict(item.split("=", 1) for item in args.env_kwargs)
-        return {name: ast.literal_eval(value) for name, value in kwargs.items()}
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(
-            "--env-kwargs takes NAME=VALUE, each value a Python literal, not "
-            + " ".join(args.env_kwargs)
-        ) from error
+def is_real_vector(space):
+    return isinstance(space, Box) and len(space.shape) == 1 and space.dtype.kind == "f"
 
 
-def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.Env:
-    """Environment number `index`; they take turns through `env_ids`."""
-    kwargs = parse_env_kwargs(args)
-    if render_mode:
-        kwargs["render_mode"] = render_mode
-    env = gym.make(args.env_ids[index % len(args.env_ids)], **kwargs)
-    if isinstance(env.action_space, spaces.Discrete) and env.action_space.start != 0:
-        # The agent counts actions from 0.
-        start, actions = env.action_space.start, spaces.Discrete(env.action_space.n)
-        env = gym.wrappers.TransformAction(env, lambda action: action + start, actions)
-    return scale_actions(env) if takes_real_vectors(env) else env
+def scale_actions(env):
+    """Map [-1, 1] to the bounds of each action, and clip what lies beyond (cont. 5).
 
-
-def takes_real_vectors(env: gym.Env) -> bool:
-    """Whether the actions are what a Gaussian policy gives."""
-    space = env.action_space
-    real = np.issubdtype(space.dtype, np.floating)
-    return isinstance(space, spaces.Box) and real and len(space.shape) == 1
-
-
-def scale_actions(env: gym.Env) -> gym.Env:
-    """Map [-1, 1] onto the bounds of each action, and clip what lies beyond (cont. 5).
-
-    An action that is unbounded on one side or both is not scaled; it is clipped to its bound, if it
-    has one.
+    Actions without two finite bounds are not scaled, and clipped to the bound that they have.
     """
-    low, high = env.action_space.low, env.action_space.high
+    low, high, dtype = env.action_space.low, env.action_space.high, env.action_space.dtype
     least, most = low.astype(np.float32), high.astype(np.float32)
-    with np.errstate(over="ignore"):  # bounds as wide as this count as none
-        width = most - least
-    bounded = np.isfinite(width)
-    scale = np.where(bounded, width, 2) / 2
-    shift = np.where(bounded, low + scale, 0)
-    ones = np.ones_like(least)
-    space = spaces.Box(np.where(bounded, -ones, least), np.where(bounded, ones, most))
+    with np.errstate(over="ignore"):  # bounds at the limit of float32 count as none
+        bounded = np.isfinite(most - least)
+    scale = np.where(bounded, high / 2 - low / 2, 1)
+    shift = np.where(bounded, high / 2 + low / 2, 0)
+    space = Box(np.where(bounded, -1, least), np.where(bounded, 1, most), dtype=np.float32)
 
     def to_bounds(action):
-        return np.clip(action * scale + shift, low, high).astype(low.dtype)
+        return np.clip(action * scale + shift, low, high).astype(dtype)
 
     return gym.wrappers.TransformAction(env, to_bounds, space)
 
 
-class FreshEnv(gym.Wrapper):
-    """An environment that each reset with a seed makes anew, so that all follows from the seed.
-
-    (BipedalWalker's Box2D world, for one, outlives a reset, and what was in it changes the next
-    episode's digits.)
-    """
-
-    def __init__(self, env_fn):
-        super().__init__(env_fn())
-        self.env_fn = env_fn
+class PlainEnv(gym.Wrapper):
+    """What vector environments can store: arrays that are not reused, float rewards, no infos."""
 
     def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.env.close()
-            self.env = self.env_fn()
-        return self.env.reset(seed=seed, options=options)
+        obs, _ = self.env.reset(seed=seed, options=options)
+        return np.array(obs, self.observation_space.dtype), {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        obs = np.array(obs, self.observation_space.dtype)
+        return obs, np.asarray(reward, np.float64).item(), terminated, truncated, {}
 
 
-def make_vector_env(args: Args) -> gym.vector.VectorEnv:
-    """`args.num_envs` environments that step together (detail 1), in worker processes."""
-    env_fns = [functools.partial(make_env, args, None, index) for index in range(args.num_envs)]
+def make_vector_env(args: Args, training: bool = True, render_mode=None) -> VectorEnv:
+    """`args.num_envs` environments that step together (detail 1), in worker processes.
+
+    SAME_STEP: the step that ends an episode returns the first observation of the next one, and the
+    final one in `infos["final_obs"]`, so that every stored transition is real. (In Gymnasium's
+    default mode, a phantom step whose action is ignored follows each episode.)
+    """
+    env_fns = [partial(make_env, args, training, render_mode)] * args.num_envs
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_workers = args.num_workers
-    if num_workers is None:
-        num_workers = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if num_workers == 0:
-        return make_sync_vector_env(env_fns)
-    return WorkerVectorEnv(env_fns, num_workers, args.worker_timeout)
+    if num_workers is None:  # the processes of torchrun share the cores
+        num_workers = max(num_cores // LOCAL_SIZE, 1)
+    if num_workers == 0 or render_mode:  # in this process
+        return SyncVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    return WorkerVectorEnv(env_fns, num_workers, args.step_timeout)
 
 
-def make_sync_vector_env(env_fns: list) -> gym.vector.VectorEnv:
-    """Environments that step one after the other, in this process.
+class WorkerVectorEnv(VectorEnv):
+    """Environments split over worker processes; same results as SyncVectorEnv, but without infos.
 
-    SAME_STEP: the step that ends an episode already returns the next one's first observation, with
-    the final one in `infos["final_obs"]`, so every stored transition is one that happened. (In
-    Gymnasium's default mode a step follows whose action is ignored.)
-    """
-    return gym.vector.SyncVectorEnv(
-        [functools.partial(FreshEnv, env_fn) for env_fn in env_fns],
-        copy=False,  # observations come in one buffer, which the next step overwrites
-        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-    )
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # where the system can hold a process to some of them
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class WorkerVectorEnv(gym.vector.VectorEnv):
-    """What `make_sync_vector_env` makes, shared out over processes; it steps to the same numbers.
-
-    (But for environments that draw from np.random or random, which each process has for itself.)
-    Each worker steps several environments and answers once a step; all arrays lie in shared memory.
-    (Gymnasium's AsyncVectorEnv has a process for each environment. Where these outnumber the cores,
-    switching between them costs more than it brings.) What is returned is overwritten by the next
-    step. ChildProcessError tells that a worker died, raised, or took longer than `timeout` seconds.
+    Each worker steps several environments and answers once per step; arrays are in shared memory,
+    and overwritten by the next step. (AsyncVectorEnv has a process for each environment, which
+    costs more than it brings where these outnumber the cores.) ChildProcessError if a worker died,
+    raised an error, or took longer than `timeout` seconds.
     """
 
-    def __init__(self, env_fns: list, num_workers: int, timeout: float):
+    def __init__(self, env_fns, num_workers, timeout):
         env = env_fns[0]()
         self.num_envs, self.timeout = len(env_fns), timeout
-        self.single_observation_space = env.observation_space
-        self.single_action_space = env.action_space
-        self.metadata = env.metadata | {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = (
+            env.observation_space,
+            env.action_space,
+        )
+        self.observation_space = batch_space(env.observation_space, self.num_envs)
+        self.action_space = batch_space(env.action_space, self.num_envs)
+        self.metadata = env.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
         env.close()
-        # All that is exchanged in a step, for each environment.
-        space = spaces.Dict(
-            obs=env.observation_space, final_obs=env.observation_space, action=env.action_space,
-            reward=spaces.Box(-np.inf, np.inf, (), np.float64),
-            terminated=spaces.Discrete(2), truncated=spaces.Discrete(2),
-            reset_seed=spaces.Box(0, 2**63 - 1, (), np.int64),
-        )  # fmt: skip
-        # An attribute, so that it lives until a worker that is spawned, not forked, opens it.
+        space = Dict(  # all that is exchanged in a step, for each environment
+            obs=env.observation_space,
+            final_obs=env.observation_space,
+            action=env.action_space,
+            reward=Box(-np.inf, np.inf, (), np.float64),
+            terminated=Discrete(2),
+            truncated=Discrete(2),
+            reset_seed=Box(0, 2**63 - 1, (), np.int64),
+        )
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
-        self.workers, self.connections = [], []
-        # Otherwise multiprocessing would, at exit, wait for ever for workers that ignore SIGTERM.
+        self.workers, self.pipes = [], []
         atexit.register(self.close)
         for indices in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
-            part = slice(int(indices[0]), int(indices[-1]) + 1)
-            connection, theirs = multiprocessing.Pipe()
-            self.connections.append(connection)
-            inputs = (theirs, self.connections, env_fns, space, self.memory, part)
-            worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
-            worker.start()
-            theirs.close()  # so that the connection ends with the worker
-            self.workers.append(worker)
+            pipe, theirs = multiprocessing.Pipe()
+            self.pipes.append(pipe)
+            inputs = (
+                theirs,
+                self.pipes,
+                env_fns,
+                space,
+                self.memory,
+                slice(indices[0], indices[-1] + 1),
+            )
+            self.workers.append(
+                multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
+            )
+            self.workers[-1].start()
+            theirs.close()  # so that the pipe ends with the worker
 
-    def reset(self, *, seed: list[int], options=None):
-        """Start new episodes, one with each seed."""
+    def reset(self, *, seed, options=None):
         self.arrays["reset_seed"][:] = seed
         self.exchange(b"reset")
         return self.arrays["obs"], {}
 
-    def step(self, actions: np.ndarray):
+    def step(self, actions):
         self.arrays["action"][:] = actions
         self.exchange(b"step")
         terminated, truncated = (self.arrays[name] > 0 for name in ("terminated", "truncated"))
-        ended = terminated | truncated
-        infos = {"final_obs": self.arrays["final_obs"], "_final_obs": ended} if ended.any() else {}
+        infos = {"final_obs": self.arrays["final_obs"], "_final_obs": terminated | truncated}
         return self.arrays["obs"], self.arrays["reward"], terminated, truncated, infos
 
     def exchange(self, message):
-        """Send all workers a message, bytes; wait until they have done what it says."""
-        for connection in self.connections:
-            with contextlib.suppress(ConnectionError):  # the worker ended: hear why, below
-                connection.send_bytes(message)
+        """Send a message to all workers, and wait until they have done what it says."""
+        for pipe in self.pipes:
+            with contextlib.suppress(
+                ConnectionError
+            ):  # the worker has ended; its last words follow
+                pipe.send_bytes(message)
         try:
-            for connection in self.connections:
-                # In two halves: time for which all was suspended (Ctrl-Z) uses up only one.
-                if not any(connection.poll(self.timeout / 2) for _ in range(2)):
-                    raise ChildProcessError(f"no answer of an environment in {self.timeout:g} s")
-                if problem := connection.recv_bytes():
-                    raise ChildProcessError(f"an environment raised {problem.decode()}")
-        except (EOFError, ConnectionError) as error:
-            raise ChildProcessError("the process of an environment died") from error
+            for pipe in self.pipes:
+                # In two halves: time in which all was suspended (Ctrl-Z) uses up only one.
+                if not (pipe.poll(self.timeout / 2) or pipe.poll(self.timeout / 2)):
+                    raise ChildProcessError(f"an environment gave no answer in {self.timeout:g} s")
+                if problem := pipe.recv_bytes().decode():
+                    raise ChildProcessError(problem)
+        except (EOFError, ConnectionError):
+            raise ChildProcessError("the process of an environment died") from None
 
     def close_extras(self, **kwargs):
-        for connection in self.connections:
-            with contextlib.suppress(OSError):
-                connection.send_bytes(b"close")
         for worker in self.workers:
-            worker.join(timeout=1)
             worker.kill()
             worker.join()
 
 
-def run_worker(connection, others, env_fns, space, memory, part) -> None:
-    """A worker of WorkerVectorEnv: step the environments in the slice `part`, as told."""
+def run_worker(pipe, others, env_fns, space, memory, part):
+    """Step the environments of the slice `part` whenever a message says so."""
     for other in others:
-        other.close()  # so that the connection ends with the main process
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides when to stop
-        signal.signal(number, signal.SIG_IGN)
+        other.close()  # so that the pipe ends with the main process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the main process decides when to stop
     arrays = read_from_shared_memory(space, memory, len(env_fns))
     mine = {name: array[part] for name, array in arrays.items()}
-    try:
-        envs = [FreshEnv(env_fn) for env_fn in env_fns[part]]
-        while (message := await_message(connection)) != b"close":
-            if message == b"step":
-                for i, env in enumerate(envs):
-                    obs, mine["reward"][i], terminated, truncated, _ = env.step(mine["action"][i])
-                    if terminated or truncated:
-                        mine["final_obs"][i] = obs
-                        obs, _ = env.reset()
-                    mine["obs"][i] = obs
-                    mine["terminated"][i], mine["truncated"][i] = terminated, truncated
-            else:
-                seeds = mine["reset_seed"].tolist()
-                np.random.seed(seeds[0])  # this and the next for environments that use them
-                random.seed(seeds[0])
-                for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
-                    mine["obs"][i], _ = env.reset(seed=seed)
-            connection.send_bytes(b"")
-        for env in envs:
-            env.close()
-    except Exception as error:  # whatever a user's own environment raises
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(f"{type(error).__name__} {error}".split())
-        with contextlib.suppress(ConnectionError):  # the main process is gone
-            connection.send_bytes(f"{text} ({place.filename}, line {place.lineno})".encode())
-
-
-def await_message(connection):
-    """The next message. A process that sleeps takes long to wake: ask for 2 ms before sleeping."""
-    deadline = time.perf_counter() + 0.002
-    while not connection.poll() and time.perf_counter() < deadline:
-        if hasattr(os, "sched_yield"):
-            os.sched_yield()  # lets the other processes of this core run
-    return connection.recv_bytes()
-
-
-def start_episodes(
-    envs: gym.vector.VectorEnv, args: Args, iteration: int, rank: int = 0
-) -> np.ndarray:
-    """Start new episodes, with every random stream seeded by (seed, iteration, rank).
-
-    This happens at each scheduled checkpoint too. So a run resumed from one equals a run that was
-    never stopped, to the bit on a CPU, although the state of an environment cannot be saved.
-    """
-    rng = np.random.default_rng([args.seed, iteration, rank])
-    torch.manual_seed(int(rng.integers(2**63)))
-    np.random.seed(rng.integers(2**32))  # this and the next for environments that use them
-    random.seed(int(rng.integers(2**32)))
-    obs, _ = envs.reset(seed=rng.integers(2**31, size=args.num_envs).tolist())
-    return obs
-
-
-class Ranks:
-    """The ranks: the processes that torchrun started for this run; without torchrun, this one.
-
-    Every rank makes the same calls in the same order, and each call waits for all ranks. If a rank
-    is gone, or silent for too long, the call raises ConnectionError.
-    """
-
-    def __init__(self, args: Args):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cpu")
-        if args.cuda:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            timeout = datetime.timedelta(seconds=args.rank_timeout)
-            backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
-            self.call(dist.init_process_group, backend, timeout=timeout)
-
-    def call(self, function, *args, **kwargs):
-        """Call a function of torch.distributed."""
+    with contextlib.suppress(EOFError, ConnectionError):  # the main process has ended
         try:
-            return function(*args, **kwargs)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ConnectionError(
-                f"this process of the run hears nothing of another one ({reason})"
-            ) from error
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Make the tensor what it is on rank 0."""
-        if self.size > 1:
-            self.call(dist.broadcast, tensor, 0)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors, in place of this one."""
-        if self.size > 1:
-            self.call(dist.all_reduce, tensor)
-        return tensor
-
-    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean of all ranks' tensors, in place of this one."""
-        return self.sum(tensor).div_(self.size) if self.size > 1 else tensor  # saves dividing by 1
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All ranks' tensors, one behind the other in the last dimension."""
-        if self.size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self.call(dist.all_gather, parts, tensor.contiguous())
-        return torch.cat(parts, dim=-1)
-
-    def agree(self, problem: Exception | None, stop_signal: int) -> int:
-        """Raise the problem of this rank, or say that another has one; the signal that any got."""
-        flags = self.gather(torch.tensor([problem is not None, stop_signal]))
-        flags = flags.view(self.size, 2)
-        if problem is not None:
-            raise problem
-        if flags[:, 0].any():
-            raise ConnectionError("another process of the run stopped it")
-        return int(flags[:, 1].max())
-
-    def close(self):
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            envs = [env_fn() for env_fn in env_fns[part]]
+            while message := await_message(pipe):
+                for i, env in enumerate(envs):
+                    if message == b"reset":
+                        np.random.seed(mine["reset_seed"][i] % 2**32)
+                        obs, _ = env.reset(seed=int(mine["reset_seed"][i]))
+                    else:
+                        obs, mine["reward"][i], *ended, _ = env.step(mine["action"][i])
+                        mine["terminated"][i], mine["truncated"][i] = ended
+                        if any(ended):
+                            mine["final_obs"][i] = obs
+                            obs, _ = env.reset()
+                    mine["obs"][i] = obs
+                pipe.send_bytes(b"")
+        except Exception as error:
+            traceback.print_exc()
+            pipe.send_bytes(f"an environment raised {error!r}".encode())
 
 
-def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights scaled by `std`, biases 0 (detail 2)."""
+def await_message(pipe):
+    """The next message. A process that sleeps takes long to wake: poll for 2 ms before sleeping."""
+    deadline = time.perf_counter() + 0.002
+    while not pipe.poll() and time.perf_counter() < deadline:
+        time.sleep(0)  # lets the other processes of this core run
+    return pipe.recv_bytes()
+
+
+def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
+    """Start episodes, with all random generators seeded by (seed, iteration, rank).
+
+    Gymnasium's `reset(seed=s)` seeds environment i with s + i, so that runs with neighboring seeds
+    share most of their environments. Here each environment of each run has a seed of its own.
+    """
+    rng = np.random.default_rng([args.seed, iteration, RANK])
+    torch.manual_seed(int(rng.integers(2**63)))
+    np.random.seed(rng.integers(2**32))  # for environments that use the global generator
+    return envs.reset(seed=rng.integers(2**31, size=args.num_envs).tolist())[0]
+
+
+def join_ranks(args: Args) -> torch.device:
+    """Meet the other processes of torchrun, if it started this one; returns the device."""
+    if args.cuda:
+        torch.cuda.set_device(LOCAL_RANK)
+    if "RANK" in os.environ:
+        timeout = datetime.timedelta(seconds=args.rank_timeout)
+        backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
+        with connection_errors():
+            dist.init_process_group(backend, timeout=timeout)
+    return torch.device("cuda", LOCAL_RANK) if args.cuda else torch.device("cpu")
+
+
+def all_sum(tensor):
+    """Sum of the tensor over all ranks, in place. All ranks make the same calls in one order."""
+    if dist.is_initialized():
+        with connection_errors():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def all_mean(tensor):
+    return all_sum(tensor).div_(WORLD_SIZE)
+
+
+def all_gather(tensor):
+    """Tensors (num_steps, num_envs) of all ranks: (num_steps, num_envs * world size)."""
+    gathered = torch.zeros(len(tensor), WORLD_SIZE, tensor.shape[1], device=tensor.device)
+    gathered[:, RANK] = tensor
+    return all_sum(gathered).flatten(1).to(tensor.dtype)
+
+
+@contextlib.contextmanager
+def connection_errors():
+    """ConnectionError, in one sentence, if another rank is gone or silent."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"another process of the run is gone or silent: {reason}") from None
+
+
+def layer_init(layer, std=2**0.5):
+    """Orthogonal weights scaled by `std`, zero biases (detail 2)."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class ObservationNormalizer(nn.Module):
-    """Shifts and scales observations to mean 0, variance 1, by the moments of all it was shown.
+    """Normalizes by running mean and variance, and clips to [-10, 10] (cont. 6, 7).
 
-    What is then beyond 10 is clipped (cont. 6, 7). Training shows it each rollout after having
-    learned from it. The moments are buffers: saved, loaded and moved with the agent's weights.
+    Updated once per iteration, after the policy update; before the first update, observations are
+    returned as they are. The moments are buffers, saved with the agent's weights.
     """
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
+    def forward(self, obs):
+        normalized = ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return torch.where(self.count > 0, normalized, obs).float()
 
-    def update(self, obs: torch.Tensor, ranks: Ranks) -> None:
-        """Take in all ranks' observations (..., obs_dim): the update of Chan et al. 1979."""
+    def update(self, obs):
+        """Add the observations (..., obs_dim) of all ranks to the moments (Chan et al. 1979)."""
         obs = obs.flatten(0, -2).double()
-        sums = ranks.sum(torch.cat([obs.sum(0), torch.full_like(self.mean[:1], len(obs))]))
+        sums = all_sum(torch.cat([obs.sum(0), obs.new_tensor([len(obs)])]))
         mean, count = sums[:-1] / sums[-1], sums[-1]
-        squares = self.var * self.count + ranks.sum(((obs - mean) ** 2).sum(0))
         total, delta = self.count + count, mean - self.mean
-        self.var.copy_((squares + delta**2 * self.count * count / total) / total)
-        self.mean.add_(delta * count / total)
-        self.count.copy_(total)
+        squares = self.var * self.count + all_sum(((obs - mean) ** 2).sum(0))
+        self.var = (squares + delta**2 * self.count * count / total) / total
+        self.mean, self.count = self.mean + delta * count / total, total
 
 
 class RewardScaler(ObservationNormalizer):
     """Divides rewards by the standard deviation of the discounted return (cont. 8, 9).
 
-    The moments are those of R_t = r_t + gamma R_{t-1}, which starts anew in each episode. Rewards
-    are not shifted: that would make it pay to end an episode, or not to.
+    Its moments are those of R_t = r_t + gamma R_{t-1}, which starts anew in each episode. Rewards
+    are not shifted, which would change what is optimal.
     """
 
     def __init__(self):
         super().__init__(1)
+        self.discounted = 0.0  # R of the running episodes, (num_envs,)
 
-    def forward(self, rewards: torch.Tensor) -> torch.Tensor:
+    def forward(self, rewards):
         return (rewards / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
 
-    def update(self, rewards, dones, discounted, gamma, ranks):
-        """Take in rewards (num_steps, num_envs).
-
-        Returns:
-            R at their end, (num_envs,), given in `discounted` what it was before them.
-        """
+    def update(self, rewards, dones, gamma):
+        """Add rewards (num_steps, num_envs) to the moments."""
         history = []
         for reward, done in zip(rewards.double(), dones, strict=True):
-            discounted = reward + gamma * discounted
-            history.append(discounted)
-            discounted = torch.where(done, 0.0, discounted)
-        super().update(torch.stack(history).unsqueeze(-1), ranks)
-        return discounted
+            self.discounted = reward + gamma * self.discounted
+            history.append(self.discounted)
+            self.discounted = self.discounted.masked_fill(done, 0)
+        super().update(torch.stack(history).unsqueeze(-1))
 
 
 class Agent(nn.Module):
-    """The policy pi(a|s) and the value V(s), two heads on one network (detail 13).
+    """The policy pi(a|s) and the value function V(s), two heads on one body (detail 13).
 
-    Observations are (..., obs_dim), as they come. Actions are (...), integers if discrete, or
-    (..., action_dim), Gaussian, which may lie beyond the bounds -1 and 1: probabilities are those
-    of the action as sampled, and `make_env` clips what the environment gets. Unlike in the paper,
-    tanh keeps their mean within the bounds: far beyond, all samples would be clipped to the bound,
-    and nothing would make the noise shrink. (If some actions are unbounded, all means are.)
+    Observations are (..., obs_dim), raw; discrete actions (...), continuous ones (..., action_dim);
+    log-probabilities, entropies, values (...). Continuous actions are stored as sampled; only
+    `make_env` clips them to [-1, 1]. Unlike in the paper, tanh bounds their mean: beyond the bounds
+    all samples would be clipped to the same action, and nothing would reduce the noise. (If an
+    action is unbounded, so are all means.)
     """
 
-    def __init__(
-        self,
-        obs_space: spaces.Box,
-        action_space: spaces.Space,
-        norm_obs: bool,
-        log_std: float = 0.0,
-    ):
+    def __init__(self, obs_space, action_space, norm_obs=False, hidden_size=128, log_std_init=0.0):
         super().__init__()
-        obs_dim = obs_space.shape[0]
-        self.discrete = isinstance(action_space, spaces.Discrete)
-        num_outputs = action_space.n if self.discrete else action_space.shape[0]
+        obs_dim, self.discrete = obs_space.shape[0], isinstance(action_space, Discrete)
+        num_outputs = int(action_space.n) if self.discrete else action_space.shape[0]
         self.normalize = ObservationNormalizer(obs_dim) if norm_obs else nn.Identity()
         self.scale_rewards = RewardScaler()
-        self.body = nn.Sequential(
-            layer_init(nn.Linear(obs_dim, 128)),
-            nn.Tanh(),
-            layer_init(nn.Linear(128, 128)),
-            nn.Tanh(),
-        )
-        self.actor = layer_init(nn.Linear(128, num_outputs), std=0.01)
-        self.critic = layer_init(nn.Linear(128, 1), std=1.0)
-        self.bound = nn.Identity()
+        first = layer_init(nn.Linear(obs_dim, hidden_size))
+        second = layer_init(nn.Linear(hidden_size, hidden_size))
+        self.body = nn.Sequential(first, nn.Tanh(), second, nn.Tanh())
+        self.actor = nn.Sequential(layer_init(nn.Linear(hidden_size, num_outputs), std=0.01))
+        self.critic = layer_init(nn.Linear(hidden_size, 1), std=1.0)
         if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((num_outputs,), log_std_init))  # cont. 2
             if np.all((action_space.low == -1) & (action_space.high == 1)):
-                self.bound = nn.Tanh()
-            self.log_std = nn.Parameter(torch.full((num_outputs,), log_std))  # (cont. 2)
+                self.actor.append(nn.Tanh())
 
-    def get_features(self, obs: torch.Tensor) -> torch.Tensor:
-        """What both heads work on: (..., 128)."""
-        return self.body(self.normalize(obs))
-
-    def get_output(self, features: torch.Tensor) -> torch.Tensor:
-        """The logits of pi(.|s), or the mean of a normal distribution (cont. 1): (..., outputs)."""
-        return self.bound(self.actor(features))
-
-    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(s): (...)."""
-        return self.critic(self.get_features(obs)).squeeze(-1)
-
-    def sample(self, output: torch.Tensor) -> torch.Tensor:
-        """A random action, given the logits or means."""
+    def forward(self, obs):
+        """pi(.|s), a torch.distributions.Distribution, and V(s)."""
+        features = self.body(self.normalize(obs))
+        output, value = self.actor(features), self.critic(features).squeeze(-1)
+        # validate_args=False: validation would take longer than the network.
         if self.discrete:
-            return (output + gumbel_noise(output.shape, output.device)).argmax(-1)
-        return output + self.log_std.exp() * torch.randn_like(output)
+            return Categorical(logits=output, validate_args=False), value
+        # Independent normal distributions (cont. 1, 3).
+        normal = Normal(output, self.log_std.exp().expand_as(output), validate_args=False)
+        return Independent(normal, 1, validate_args=False), value
 
-    def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None):
-        """The action (sampled if none is given), its log-probability, the entropy and V(s): (...).
+    def get_policy(self, obs):
+        return self(obs)[0]
 
-        (Written out: torch.distributions.Categorical and Normal take longer.)
-        """
-        features = self.get_features(obs)
-        output, value = self.get_output(features), self.critic(features).squeeze(-1)
-        if action is None:
-            action = self.sample(output)
-        if self.discrete:
-            logprobs = output.log_softmax(-1)
-            logprob = logprobs.gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        else:  # sums over the dimensions of the action, which are independent (cont. 3)
-            squares = ((action - output) / self.log_std.exp()) ** 2
-            logprob = -(squares / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
-            entropy = (self.log_std + math.log(2 * math.pi * math.e) / 2).sum().expand_as(logprob)
-        return action, logprob, entropy, value
+    def get_value(self, obs):
+        return self(obs)[1]
 
-    def get_deterministic_action(self, obs: torch.Tensor) -> torch.Tensor:
+    def get_deterministic_action(self, obs):
         """The most probable action."""
-        output = self.get_output(self.get_features(obs))
-        return output.argmax(-1) if self.discrete else output
+        return self.get_policy(obs).mode
 
-
-def gumbel_noise(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
-    return -torch.empty(shape, device=device).exponential_().log()
+    def get_action_and_value(self, obs, action=None):
+        """action (sampled if None), log-probability, entropy, V(s): the interface of CleanRL."""
+        policy, value = self(obs)
+        action = policy.sample() if action is None else action
+        return action, policy.log_prob(action), policy.entropy(), value
 
 
 def compute_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
-    """Generalised advantage estimation: PPO eq. 11, GAE eq. 16, as a recursion (detail 5).
+    """Generalized advantage estimation: PPO eq. 11 and 12, GAE eq. 16 (detail 5).
 
-    All tensors are (num_steps, num_envs); none is changed.
+    All tensors are (num_steps, num_envs); inputs are not modified.
 
     Args:
         rewards: r_t.
         values: V(s_t).
-        next_values: V of the observation that the action at t led to: V(s_{t+1}) within an episode,
-            V(final observation) where it was truncated; not used where it terminated.
-        terminations: whether the episode reached a terminal state, after which nothing is earned.
-        truncations: whether it was cut, by a time limit for instance, and would have gone on: the
-            rest is bootstrapped (time limits). Where both are set, it terminated.
-        gamma, gae_lambda: discount factor and lambda.
+        next_values: V of the observation that the action at t led to: V(s_{t+1}) inside an episode,
+            V(final observation) where it was truncated. Not used where it terminated.
+        terminations: whether the episode reached a terminal state.
+        truncations: whether the episode was cut, by a time limit for instance, so that what would
+            have followed is bootstrapped (time limits). If both are set, it terminated.
+        gamma, gae_lambda: discount factor, lambda.
 
     Returns:
-        the advantages A_t, and A_t + V(s_t), the returns that the value function is trained on.
+        (advantages, returns): A_t, and A_t + V(s_t), the targets of the value function.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
-    # PPO eq. 12: delta_t = r_t + gamma V(s_{t+1}) - V(s_t), where V is 0 in a terminal state.
-    deltas = rewards + gamma * torch.where(terminations, 0.0, next_values) - values
-    # PPO eq. 11: A_t = delta_t + gamma lambda A_{t+1}, with nothing passed back between episodes.
-    decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
-    advantage = torch.zeros_like(deltas[0])
-    backwards = []
-    for delta, decay in zip(deltas.flip(0), decays.flip(0), strict=True):
-        advantage = delta + decay * advantage
-        backwards.append(advantage)
-    advantages = torch.stack(backwards).flip(0)
+    # PPO eq. 12: delta_t = r_t + gamma V(s_{t+1}) - V(s_t); V is 0 after a termination.
+    deltas = rewards + gamma * next_values.masked_fill(terminations, 0) - values
+    # PPO eq. 11: A_t = delta_t + gamma lambda A_{t+1}, where A_{t+1} is 0 across episodes.
+    decays = gamma * gae_lambda * ~(terminations | truncations)
+    advantages, advantage = torch.zeros_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages, advantages + values
 
 
@@ -708,35 +507,34 @@ def ppo_loss(
     new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy,
     clip_coef=0.2, vf_coef=0.5, ent_coef=0.01, clip_vloss=False,
 ):  # fmt: skip
-    """PPO-Clip: -(L^CLIP - c_1 L^VF + c_2 S), PPO eq. 9, to be minimised.
+    """PPO-Clip, PPO eq. 9: -L^CLIP + c_1 L^VF - c_2 S (detail 10).
 
-    All tensors are (batch,). Another shape raises ValueError: a (batch, 1) among them would
-    broadcast to (batch, batch) without a word.
+    All tensors are (batch,). ValueError for other shapes: (batch, 1) would broadcast to
+    (batch, batch).
 
     Args:
-        new_logprobs, new_values, entropy: of the agent that is trained.
+        new_logprobs, new_values, entropy: of the agent being trained.
         old_logprobs, old_values: of the agent that collected the rollout.
-        advantages: used as given.
-        returns: what the values are trained on.
+        advantages, returns: from `compute_gae`.
         clip_coef, vf_coef, ent_coef: epsilon, c_1, c_2.
-        clip_vloss: take V clipped to within clip_coef of old_values, where that is worse.
+        clip_vloss: clip the value loss, too (detail 9).
 
     Returns:
-        the loss, a scalar to differentiate, and metrics, a dict of detached scalars.
+        (loss, metrics): a scalar to minimize, and a dict of detached scalars.
     """
     check_shapes(new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy)
     log_ratio = new_logprobs - old_logprobs
-    ratio = log_ratio.exp()  # eq. 6: r_t = pi(a_t|s_t) / pi_old(a_t|s_t)
-    # Eq. 7: L^CLIP = E[min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon) A_t)] (detail 8).
+    ratio = log_ratio.exp()  # PPO eq. 6: r_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    # PPO eq. 7: L^CLIP = E[min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon) A_t)] (detail 8).
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_objective = torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
     value_loss = compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss)
-    loss = -policy_objective + vf_coef * value_loss - ent_coef * entropy.mean()  # eq. 9, detail 10
-    return loss, loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef)
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy.mean()  # PPO eq. 9
+    return loss, loss_metrics(policy_loss, value_loss, entropy, log_ratio, clip_coef)
 
 
 def compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss):
-    """L^VF of PPO eq. 9: the mean squared error, or the clipped one (detail 9)."""
+    """L^VF of PPO eq. 9, mean squared error, or its clipped form (detail 9)."""
     squared_error = (new_values - returns) ** 2
     if clip_vloss:
         clipped_values = old_values + (new_values - old_values).clamp(-clip_coef, clip_coef)
@@ -745,114 +543,79 @@ def compute_value_loss(new_values, old_values, returns, clip_coef, clip_vloss):
 
 
 @torch.no_grad()
-def loss_metrics(policy_objective, value_loss, entropy, log_ratio, clip_coef):
-    """What there is to watch (detail 12), as detached scalars."""
+def loss_metrics(policy_loss, value_loss, entropy, log_ratio, clip_coef):
+    """Diagnostics of a minibatch (detail 12): approx_kl is estimator k3 of KL(pi_old || pi)."""
     ratio = log_ratio.exp()
-    return {
-        "policy_loss": -policy_objective,
-        "value_loss": value_loss.detach(),
-        "entropy": entropy.mean(),
-        "approx_kl": ((ratio - 1) - log_ratio).mean(),  # Schulman's k3 estimate of KL(old || new)
-        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
-    }
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean()}
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()
+    metrics["clipfrac"] = ((ratio - 1).abs() > clip_coef).float().mean()
+    return {name: metric.detach() for name, metric in metrics.items()}
 
 
 def check_shapes(*tensors):
-    """Raise ValueError unless all tensors have one and the same shape (batch,)."""
+    """Raise ValueError unless all tensors are (batch,)."""
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1 or tensors[0].ndim != 1:
-        raise ValueError(f"expected tensors of one shape (batch,), not {sorted(shapes)}")
+        raise ValueError(f"all tensors must be of one shape (batch,), not {sorted(shapes)}")
 
 
-def flatten_parameters(agent: nn.Module) -> nn.Parameter:
-    """Make all weights views of one vector, and their gradients views of its gradient.
-
-    Clipping, Adam and zeroing then take one tensor instead of a dozen, with the same result; for
-    small networks this saves a seventh of the update's time.
-    """
-    weights = list(agent.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(weights).detach())
-    vector.grad = torch.zeros_like(vector)
-    nn.utils.vector_to_parameters(vector.data, weights)
-    gradients = vector.grad.split([weight.numel() for weight in weights])
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient.view_as(weight)
-    return vector
+# The transitions of an iteration: (num_steps, num_envs), obs (num_steps, num_envs, obs_dim).
+Rollout = namedtuple(
+    "Rollout", "obs actions logprobs values rewards next_values terminations truncations"
+)
 
 
-class Rollout(NamedTuple):
-    """What happened in one iteration; all (num_steps, num_envs), obs (..., obs_dim).
-
-    Actions are the same, or (..., action_dim) if continuous.
-    """
-
-    obs: torch.Tensor
-    actions: torch.Tensor
-    logprobs: torch.Tensor
-    values: torch.Tensor
-    rewards: torch.Tensor
-    next_values: torch.Tensor
-    terminations: torch.Tensor
-    truncations: torch.Tensor
-
-
+@torch.no_grad()
 def collect_rollout(agent, envs, next_obs, args, device):
-    """Act for `num_steps` steps in every environment, from `next_obs` (num_envs, obs_dim) on.
+    """Collect `args.num_steps` transitions from each environment.
 
-    Values and log-probabilities are computed at the end, all at once: the weights don't change
-    meanwhile, and one pass over the whole rollout costs less than one at every step.
+    `next_obs` (num_envs, obs_dim) is what `envs.reset` or the previous rollout returned. ValueError
+    if `envs` is not in autoreset mode SAME_STEP.
 
     Returns:
-        the Rollout, and the observations from which the next one goes on.
+        (rollout, next_obs)
     """
-    shape = (args.num_steps, args.num_envs)
-    obs = np.empty((*shape, *envs.single_observation_space.shape), np.float32)
-    action_space = envs.single_action_space
-    actions = np.empty((*shape, *action_space.shape), action_space.dtype)
-    rewards = np.empty(shape, np.float32)
-    terminations, truncations = np.empty(shape, bool), np.empty(shape, bool)
-    final_obs = []
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        raise ValueError("envs must be made with autoreset_mode=AutoresetMode.SAME_STEP")
+    shape, space, final_obs = (args.num_steps, envs.num_envs), envs.single_action_space, []
+    obs = torch.zeros(*shape, *envs.single_observation_space.shape, device=device)
+    actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
+    rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
-        obs[t] = next_obs
-        with torch.inference_mode():
-            features = agent.get_features(torch.from_numpy(obs[t]).to(device))
-            actions[t] = agent.sample(agent.get_output(features)).cpu().numpy()
-        next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
-        if "final_obs" in infos:  # at least one episode ended
+        obs[t] = torch.from_numpy(next_obs)
+        actions[t] = agent.get_policy(obs[t]).sample()
+        outcome = envs.step(actions[t].numpy(force=True))
+        next_obs, rewards[t], terminations[t], truncations[t], infos = outcome
+        if truncations[t].any():
             final_obs.extend(infos["final_obs"][truncations[t]])
 
-    arrays = (obs, actions, rewards, terminations, truncations)
-    obs, actions, rewards, terminations, truncations = (
-        torch.from_numpy(array).to(device) for array in arrays
-    )
-    with torch.no_grad():
-        _, logprobs, _, values = agent.get_action_and_value(obs, actions)
-        last_value = agent.get_value(torch.as_tensor(next_obs, dtype=torch.float32, device=device))
-        next_values = torch.cat([values[1:], last_value.unsqueeze(0)])
-        if final_obs:
-            final_obs = torch.as_tensor(np.stack(final_obs), dtype=torch.float32, device=device)
-            next_values[truncations] = agent.get_value(final_obs)
-    rollout = Rollout(
-        obs, actions, logprobs, values, rewards, next_values, terminations, truncations
-    )
-    return rollout, next_obs
+    policy, values = agent(obs)  # one pass for all steps costs less than one per step
+    last_obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
+    next_values = torch.cat([values[1:], agent.get_value(last_obs).unsqueeze(0)])
+    if final_obs:
+        final_obs = torch.as_tensor(np.stack(final_obs), dtype=torch.float32, device=device)
+        next_values[torch.from_numpy(truncations)] = agent.get_value(final_obs)
+    stored = (obs, actions, policy.log_prob(actions), values, rewards, next_values)
+    tensors = (torch.as_tensor(x, device=device) for x in (*stored, terminations, truncations))
+    return Rollout(*tensors), next_obs
 
 
-def update(agent, weights, optimizer, rollout, advantages, returns, args, ranks):
-    """K epochs of minibatch steps on the surrogate objective, all samples in each epoch (detail 6).
+def update(agent, optimizer, rollout, advantages, returns, args):
+    """`args.update_epochs` epochs of minibatch steps, each in a new order (detail 6).
 
-    A minibatch is what all ranks take together: they average their gradients, and so all make the
-    same step.
+    All ranks average their gradients, and so make the same steps.
 
     Returns:
-        the mean of every metric over the minibatches and ranks, floats.
+        the mean of each metric over the minibatches and ranks, floats.
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
     history = []
-    for mb, mean, std in minibatches(advantages, args, ranks):
-        _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs[mb], actions[mb])
-        mb_advantages = advantages[mb]
+    for mb, mean, std in minibatches(advantages, args):
+        policy, new_values = agent(obs[mb])
+        new_logprobs, mb_advantages = policy.log_prob(actions[mb]), advantages[mb]
+        with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus it is only logged
+            entropy = policy.entropy()
         if args.norm_adv:  # detail 7
             mb_advantages = (mb_advantages - mean) / (std + 1e-8)
         loss, metrics = ppo_loss(
@@ -860,552 +623,441 @@ def update(agent, weights, optimizer, rollout, advantages, returns, args, ranks)
             entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
         )  # fmt: skip
         history.append(metrics)
-        if args.target_kl is not None and ranks.mean(metrics["approx_kl"]) > 1.5 * args.target_kl:
-            break  # before a step that would lead further away, not after it
-        weights.grad.zero_()
+        kl = metrics["approx_kl"] if args.target_kl is None else all_mean(metrics["approx_kl"])
+        if args.target_kl is not None and kl > 1.5 * args.target_kl:
+            break  # before a step that would increase it
+        optimizer.zero_grad()
         loss.backward()
-        ranks.mean(weights.grad)
-        metrics["grad_norm"] = grad_norm = weights.grad.norm()
-        weights.grad.mul_((args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))  # detail 11
+        average_gradients(agent)
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # detail 11
         optimizer.step()
 
-    means = {
-        name: torch.stack([metrics[name] for metrics in history if name in metrics]).mean()
-        for name in history[0]
-    }
-    return {name: ranks.mean(mean).item() for name, mean in means.items()}
+    history = {name: torch.stack([m[name] for m in history]) for name in metrics}
+    means = {name: all_mean(metric.mean()).item() for name, metric in history.items()}
+    means["explained_variance"] = 1 - ((returns - values).var() / (returns.var() + 1e-8)).item()
+    return means
 
 
-def minibatches(advantages, args, ranks):
-    """Indices of minibatches: each epoch visits every sample once, in an order of its own.
+def average_gradients(agent):
+    """Replace the gradients by their means over all ranks, by one all-reduce."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in agent.parameters()]
+        vector = all_mean(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(vector, gradients)
 
-    With each come mean and deviation of its advantages, over all ranks.
+
+def minibatches(advantages, args):
+    """Indices of the minibatches of all epochs; each epoch visits each transition once.
+
+    With each come mean and standard deviation of its advantages over all ranks, by one all-reduce
+    per epoch.
     """
     for _ in range(args.update_epochs):
         order = torch.randperm(len(advantages), device=advantages.device)
         batches = order.tensor_split(args.num_minibatches)
         parts = [advantages[mb].double() for mb in batches]
-        counts = torch.tensor([len(part) for part in parts], device=order.device) * ranks.size
-        means = ranks.sum(torch.stack([part.sum() for part in parts])) / counts
-        squares = [((part - mean) ** 2).sum() for part, mean in zip(parts, means, strict=True)]
-        stds = (ranks.sum(torch.stack(squares)) / (counts - 1)).sqrt()
-        yield from zip(batches, means.float(), stds.float(), strict=True)
+        sums = [torch.stack([part.sum(), (part**2).sum()]) for part in parts]
+        counts = torch.tensor([len(part) * WORLD_SIZE for part in parts], device=order.device)
+        sums, squares = all_sum(torch.stack(sums)).T
+        variances = (squares - sums**2 / counts) / (counts - 1)
+        means, stds = (sums / counts).float(), variances.clamp(min=0).sqrt().float()
+        yield from zip(batches, means, stds, strict=True)
 
 
 def train(args: Args) -> dict | None:
-    """PPO, Algorithm 1 of the paper; returns what result.json holds, on rank 0.
+    """PPO, Algorithm 1; returns the content of result.json, on rank 0.
 
-    Raises FloatingPointError if a number is not finite, and SystemExit (130 or 143) when SIGINT or
-    SIGTERM ended the run.
+    FloatingPointError if a number is not finite; ChildProcessError if a worker fails;
+    ConnectionError if another rank does; SystemExit, with code 130 or 143, if SIGINT or SIGTERM
+    ended the run. However it ends, the state of its last whole iteration is saved.
     """
-    torch.set_num_threads(1)  # for networks as small as these, two threads are slower than one
-    torch.manual_seed(args.seed)  # the same weights on all ranks
-    envs = make_vector_env(args)  # before Ranks: its connections are not for the workers
-    ranks = Ranks(args)
-    device = ranks.device
-    agent = Agent(
-        envs.single_observation_space, envs.single_action_space, args.norm_obs, args.log_std_init
-    ).to(device)
-    weights = flatten_parameters(agent)
-    optimizer = torch.optim.Adam([weights], args.learning_rate, eps=1e-5, fused=True)  # detail 3
-    progress = Progress(num_ranks=ranks.size)
+    torch.set_num_threads(1)  # faster than more for networks this small
+    torch.manual_seed(args.seed)
+    envs = make_vector_env(args)  # before connections and CUDA, which workers must not inherit
+    device = join_ranks(args)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    agent = Agent(obs_space, action_space, args.norm_obs, args.hidden_size, args.log_std_init).to(
+        device
+    )
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # detail 3
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
+    progress.episodes, progress.iterations = [], []
     if args.resume:
-        progress = load_checkpoint(args.resume, agent, optimizer)
-    if progress.num_ranks != ranks.size and ranks.rank == 0:
-        print(
-            f"the run was one of {progress.num_ranks} processes and goes on with {ranks.size}: "
-            "its batches and environments differ from now on"
-        )
-    progress.num_ranks = ranks.size
-    ranks.broadcast(weights.data)  # another machine may have drawn others, in the last digit
-    next_obs = start_episodes(envs, args, progress.iteration, ranks.rank)
-    discounted = torch.zeros(args.num_envs, dtype=torch.float64, device=device)
-    stop_signal = 0
+        load_progress(args, agent, optimizer, progress)
+    for parameter in agent.parameters():  # another machine may have drawn others, in the last digit
+        all_mean(parameter.data)
+    next_obs = reset_envs(envs, args, progress.iteration)
+    batch_size, stopping = args.num_envs * args.num_steps * WORLD_SIZE, False
+    total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
 
-    closing = contextlib.closing
-    with closing(ranks), closing(envs), closing(RankLog(args, progress, ranks)) as log:
-        while progress.global_step < args.total_timesteps and not stop_signal:
+    open_log = open_run(args, progress, total_steps) if RANK == 0 else contextlib.nullcontext()
+    with open_log as run:
+        while progress.global_step < total_steps and not stopping:
             started = time.perf_counter()
-            remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1
-            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate  # detail 4
+            remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = remaining * args.learning_rate  # detail 4
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
             progress.iteration += 1
-            progress.global_step += rollout.rewards.numel() * ranks.size
-            problem = None
-            try:
-                check_finite(
-                    progress, observation=rollout.obs, reward=rollout.rewards,
-                    value=rollout.next_values,
-                )  # fmt: skip
-            except FloatingPointError as error:
-                problem = error
-            ranks.agree(problem, 0)
+            progress.global_step += batch_size
+            check_finite(progress, **rollout._asdict())
             rewards = rollout.rewards
             if args.norm_reward:
                 dones = rollout.terminations | rollout.truncations
-                discounted = agent.scale_rewards.update(
-                    rewards, dones, discounted, args.gamma, ranks
-                )
+                agent.scale_rewards.update(rewards, dones, args.gamma)
                 rewards = agent.scale_rewards(rewards)
             advantages, returns = compute_gae(
-                rewards, rollout.values, rollout.next_values,
-                rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda,
+                rewards, rollout.values, rollout.next_values, rollout.terminations,
+                rollout.truncations, args.gamma, args.gae_lambda,
             )  # fmt: skip
-            metrics = update(agent, weights, optimizer, rollout, advantages, returns, args, ranks)
-            check_finite(progress, **metrics, weights=weights)
+            metrics = update(agent, optimizer, rollout, advantages, returns, args)
+            check_finite(progress, **metrics, **agent.state_dict())
             if args.norm_obs:
-                agent.normalize.update(rollout.obs, ranks)
+                agent.normalize.update(rollout.obs)
             progress.learning_seconds += time.perf_counter() - started
-
-            log.write(rollout, returns, metrics, optimizer.param_groups[0]["lr"])
-            if progress.iteration % args.checkpoint_interval == 0:
-                log.save(agent, optimizer)
-                next_obs = start_episodes(envs, args, progress.iteration, ranks.rank)
-                discounted.zero_()
-                log.start_episodes()
-            stop_signal = ranks.agree(None, log.stop_signal)
-        log.save(agent, optimizer)
-    if stop_signal and ranks.rank == 0:
-        print(f"stopped; go on with --resume {log.run_dir / 'agent.pt'}")
-    if stop_signal:
-        sys.exit(128 + stop_signal)
-    if ranks.rank > 0:
-        return None
-    result = report(args, agent, log, device)
-    print_each(args, np.array(result["eval_returns"]))
-    return result
+            outcomes = ("rewards", "terminations", "truncations")
+            outcomes = {name: all_gather(getattr(rollout, name)) for name in outcomes}
+            if RANK == 0:
+                log_iteration(run, progress, rollout._replace(**outcomes), metrics, optimizer)
+                run.checkpoint = make_checkpoint(args, agent, optimizer, progress)
+                if progress.iteration % args.checkpoint_interval == 0:
+                    save_checkpoint(run)
+            stopping = any_stopped()
+    envs.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if RANK > 0:
+        return sys.exit(128 + stopped[0]) if stopped else None
+    return report(args, agent, run, progress, device)
 
 
-@torch.no_grad()
-def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
-    """Play whole episodes, each in an environment of its own, with seeds that training never uses.
-
-    Args:
-        agent: plays its deterministic actions; None plays random ones.
-        args: for the environment; with `args.render` it is shown, which needs `episodes` = 1.
-        episodes: how many.
-        seed: the same seed gives the same episodes, whatever the agent.
-
-    Returns:
-        the undiscounted sums of the environment's own rewards, float64, (episodes,).
-    """
-    rng = np.random.default_rng(seed)
-    seeds = rng.integers(2**31, 2**32, (2, episodes)).tolist()  # training seeds are below 2**31
-    render_mode = "human" if args.render else None
-    envs = [make_env(args, render_mode, index) for index in range(episodes)]
-    obs = [env.reset(seed=env_seed)[0] for env, env_seed in zip(envs, seeds[0], strict=True)]
-    for env, action_seed in zip(envs, seeds[1], strict=True):
-        env.action_space.seed(action_seed)
-    returns, ended = np.zeros(episodes), np.zeros(episodes, bool)
-    while not ended.all():
-        playing = np.flatnonzero(~ended)
-        actions = choose_actions(
-            agent, [envs[i] for i in playing], [obs[i] for i in playing], device
-        )
-        for i, action in zip(playing, actions, strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            ended[i] = terminated or truncated
-    for env in envs:
-        env.close()
-    return returns
+def any_stopped():
+    """Whether any rank received SIGINT or SIGTERM, which then counts as received by all."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    counts = all_sum(torch.tensor([stopped.count(number) for number in numbers]))
+    if counts.any() and not stopped:
+        stopped.append(numbers[0] if counts[0] else numbers[1])
+    return bool(counts.any())
 
 
-def choose_actions(agent, envs, obs, device):
-    """One action for each environment: the agent's deterministic one, or a random one."""
+def act(agent, envs, obs, device):
+    """Deterministic actions of the agent, (num_envs,), or random ones if it is None."""
     if agent is None:
-        return [env.action_space.sample() for env in envs]
-    obs = torch.as_tensor(np.stack(obs), dtype=torch.float32, device=device)
+        return envs.action_space.sample()
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
     return agent.get_deterministic_action(obs).numpy(force=True)
 
 
-# From here on all is convenience: checkpoints, logs, plot, GIF. If you copy the algorithm, delete
-# what you don't need, with the lines of `train` that call it.
+def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
+    """Play whole episodes, each with a seed of its own that training never uses.
+
+    Args:
+        agent: plays its deterministic actions; None plays random ones.
+        args: make the environments, at most `args.num_envs` at a time (one with `args.render`).
+        episodes: number of episodes.
+        seed: the same seed gives the same episodes, whatever the agent.
+        device: of the agent.
+
+    Returns:
+        undiscounted sums of the environment's own rewards: float64, (episodes,).
+    """
+    rounds = math.ceil(episodes / (1 if args.render else args.num_envs))
+    args = replace(args, num_envs=math.ceil(episodes / rounds))
+    envs = make_vector_env(args, training=False, render_mode="human" if args.render else None)
+    rng, returns = np.random.default_rng(seed), np.zeros((rounds, args.num_envs))
+    seeds = rng.integers(2**31, 2**32, returns.shape).tolist()  # those of training are below 2**31
+    envs.action_space.seed(int(rng.integers(2**31)))
+    with tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
+        for i in range(rounds):
+            obs, playing = envs.reset(seed=seeds[i])[0], np.ones(args.num_envs, bool)
+            while playing.any():
+                obs, rewards, terminated, truncated, _ = envs.step(act(agent, envs, obs, device))
+                returns[i] += np.where(playing, rewards, 0)
+                bar.update(int((playing & (terminated | truncated)).sum()))
+                playing &= ~(terminated | truncated)
+    envs.close()
+    return returns.flatten()[:episodes]
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
+# The algorithm ends here. The utilities below are not needed to use it.
 
-    num_ranks: int
-    iteration: int = 0
-    global_step: int = 0
-    learning_seconds: float = 0.0
-    episodes: list = field(default_factory=list)  # (step, return, length), when each ended
-    metrics: list = field(default_factory=list)  # a dict an iteration
+
+class BadInput(ValueError):
+    """Arguments that cannot work, in one sentence."""
+
+
+def refuse(condition, reason):
+    if condition:
+        raise BadInput(reason)
+
+
+def check_args(args):
+    """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
+    half = args.num_envs * args.num_steps // 2
+    least = {"seed": 0, "eval_episodes": 0, "log_std_init": -20, "num_workers": 0}
+    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": half}
+    for name, value in vars(args).items():
+        low = least.get(name, 1 if isinstance(value, int) else 0)
+        high, flag = most.get(name, 1e308), f"--{name.replace('_', '-')}"
+        if type(value) in (int, float):
+            refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
+    refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU that PyTorch can use")
+    many = args.cuda and LOCAL_RANK >= torch.cuda.device_count()
+    refuse(many, "--cuda needs a GPU for each process of torchrun; start fewer")
+    refuse(args.evaluate and WORLD_SIZE > 1, "--evaluate is for one process, without torchrun")
+    refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
+    refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
+    refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
+    try:
+        env = make_env(args, render_mode="human" if args.render else None)
+    except TypeError as error:
+        refuse("unexpected keyword argument" in str(error), f"--env-kwargs: {error}")
+        raise
+    raw, flag = env.unwrapped, f"--env-id {args.env_id}"
+    space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
+    refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
+    refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return 5 values, a reward")
+    misfit = isinstance(space, Box) and np.shape(reset[0]) != space.shape
+    refuse(misfit, f"{flag}: the observation {reset[0]} is not in {space}")
+    refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
+    usable = isinstance(env.action_space, Discrete) or is_real_vector(raw.action_space)
+    refuse(not usable, f"{flag}: {raw.action_space} is not Discrete or a Box of real vectors")
+    if RANK == 0 and env.spec.max_episode_steps is None:
+        print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
+    if RANK == 0 and len(space.shape or ()) == 3:
+        print(f"{args.env_id} observes images, for which ppo_carracing_cnn.py has a CNN")
+    env.close()
+
+
+def parse_env_kwargs(args):
+    """The environment's keyword arguments, from NAME=VALUE."""
+    try:
+        return {n: ast.literal_eval(v) for n, v in (x.split("=", 1) for x in args.env_kwargs)}
+    except (ValueError, SyntaxError):
+        raise BadInput(f"--env-kwargs takes NAME=LITERAL, not {args.env_kwargs}") from None
 
 
 def check_finite(progress, **numbers):
-    """Raise FloatingPointError if one of the tensors or floats holds nan or infinity."""
-    for name, number in numbers.items():
-        if not torch.as_tensor(number).isfinite().all():
-            raise FloatingPointError(f"{name} is not finite at step {progress.global_step}")
+    """FloatingPointError, on all ranks, if one of the tensors or floats is not finite on any."""
+    bad = [n for n, number in numbers.items() if not torch.as_tensor(number).isfinite().all()]
+    if all_sum(torch.tensor(len(bad))) > 0:
+        names = ", ".join(bad) or "numbers of another process"
+        raise FloatingPointError(f"not finite at step {progress.global_step}: {names}")
 
 
-def save_checkpoint(path, args, agent, optimizer, progress):
-    """Write all that `--resume` and `load_agent` need, in plain types and tensors.
-
-    It is written beside `path` and moved there, so a kill at any time leaves a whole checkpoint.
-    """
-    checkpoint = {
-        "script": Args.exp_name,
-        "args": dataclasses.asdict(args) | {"evaluate": None, "render": False, "resume": None},
-        "agent": agent.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": dataclasses.asdict(progress),
-    }
-    temporary = path.with_suffix(".tmp")
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def make_checkpoint(args, agent, optimizer, progress):
+    """A copy of all that `--resume` and `load_agent` need: plain types and tensors."""
+    settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
+    counts = {name: copy.copy(value) for name, value in vars(progress).items()}
+    state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": counts}
+    return checkpoint | copy.deepcopy(state)
 
 
-def read_checkpoint(path):
-    """What `save_checkpoint` wrote, and its Args; ValueError if `path` is something else."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is not a file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        args = Args(**checkpoint["args"]) if script == Args.exp_name else None
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(f"{path} is damaged, or no checkpoint of {Args.exp_name}.py") from error
-    if args is None:
-        raise ValueError(f"{path} is a checkpoint of {script}.py, not of {Args.exp_name}.py")
-    return checkpoint, args
+def save_checkpoint(run):
+    """Written beside agent.pt and moved there: a kill at any time leaves a whole file."""
+    torch.save(run.checkpoint, run.folder / "agent.tmp")
+    (run.folder / "agent.tmp").replace(run.folder / "agent.pt")
 
 
-def load_checkpoint(path, agent, optimizer):
-    """Give `agent` and `optimizer` their saved state; returns the saved Progress."""
-    checkpoint, _ = read_checkpoint(path)
+def load_progress(args, agent, optimizer, progress):
+    """Continue from the checkpoint `args.resume`."""
+    checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return Progress(**checkpoint["progress"])
+    vars(progress).update(checkpoint["progress"])
+    progress.resumes += 1
 
 
 def load_agent(path, device):
-    """The agent of a checkpoint and its Args; ValueError if `path` is not one of this script."""
-    checkpoint, args = read_checkpoint(path)
+    """(agent, args) of a checkpoint; ValueError if `path` is not a checkpoint of this script."""
     try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        refuse(checkpoint["script"] != Args.exp_name, f"it is of {checkpoint['script']}.py")
+        args = Args(**checkpoint["args"])
         env = make_env(args)
-        agent = Agent(env.observation_space, env.action_space, args.norm_obs)
-        env.close()
+        agent = Agent(env.observation_space, env.action_space, args.norm_obs, args.hidden_size)
         agent.load_state_dict(checkpoint["agent"])
-    except Exception as error:  # the environment is missing, or another than it was
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ValueError(f"{path} does not fit its environment {args.env_id}: {reason}") from error
+    except Exception as error:  # torch.load alone raises errors of many kinds
+        raise BadInput(f"{path} is no checkpoint of {Args.exp_name}.py: {error!r:.200}") from None
     return agent.to(device), args
 
 
-def make_run_dir(args):
-    """A new folder in runs/, named after environment, experiment, seed and time."""
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
-    Path("runs").mkdir(exist_ok=True)
-    for second in itertools.count(int(time.time())):
-        with contextlib.suppress(FileExistsError):  # another run of this second
-            run_dir = Path("runs", f"{name}__{second}")
-            run_dir.mkdir()
-            return run_dir
+@contextlib.contextmanager
+def open_run(args, progress, total_steps):
+    """The run's folder, TensorBoard and progress bar.
 
-
-class RunLog:
-    """The run's folder, TensorBoard and progress bar, and the signals that end it.
-
-    `stop_signal` is the SIGINT or SIGTERM that came, so that the loop can end between iterations; a
-    second one ends the process at once.
+    However the run ends, `checkpoint` is saved: the state of its last whole iteration.
     """
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    folder = args.resume.parent if args.resume else Path("runs", name.replace("/", "_"))
+    folder.mkdir(parents=True, exist_ok=args.resume is not None)
+    print(f"run folder {folder}")
+    script = Path(__file__).read_bytes()
+    (folder / f"{Args.exp_name}.py").write_bytes(script)
+    if args.track:
+        import wandb
 
-    def __init__(self, args, progress):
-        self.args, self.progress, self.stop_signal = args, progress, 0
-        self.started = time.perf_counter()
-        self.run_dir = args.resume.parent if args.resume else make_run_dir(args)
-        print(f"run folder {self.run_dir}")
-        self.writer = SummaryWriter(self.run_dir, purge_step=progress.global_step + 1)
-        rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|{rows}")
-        batch_size = args.num_envs * args.num_steps
-        total = math.ceil(args.total_timesteps / batch_size) * batch_size
-        self.bar = tqdm(total=total, initial=progress.global_step, unit="step")
-        self.start_episodes()
-        self.handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        for number in self.handlers:
-            signal.signal(number, self.stop)
-
-    def stop(self, number, _):
-        self.stop_signal = number
-        for number in self.handlers:
-            signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
-
-    def close(self):
-        self.bar.close()
-        self.writer.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def start_episodes(self):
-        self.returns = np.zeros(self.args.num_envs)
-        self.lengths = np.zeros(self.args.num_envs, int)
-
-    def write(self, rollout, returns, metrics, learning_rate):
-        """Record an iteration: the episodes that ended in it, the means of its metrics."""
-        progress, step = self.progress, self.progress.global_step - rollout.rewards.numel()
-        ends = (rollout.terminations | rollout.truncations).numpy(force=True)
-        for rewards, ended in zip(rollout.rewards.numpy(force=True), ends, strict=True):
-            step += len(rewards)
-            self.returns += rewards
-            self.lengths += 1
-            for i in np.flatnonzero(ended):
-                self.record_episode(step, i)
-            self.returns[ended] = self.lengths[ended] = 0
-        unexplained = (returns - rollout.values).var() / returns.var()
-        metrics = metrics | {"explained_variance": 1 - unexplained.item()}
-        last = [episode[1] for episode in progress.episodes[-100:]]
-        mean = float(np.mean(last)) if last else None
-        point = {"step": step, "seconds": progress.learning_seconds, "episodic_return": mean}
-        progress.metrics.append(metrics | point)
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"losses/{name}", value, step)
-        self.writer.add_scalar("charts/learning_rate", learning_rate, step)
-        self.writer.add_scalar("charts/SPS", step / progress.learning_seconds, step)
-        if last:
-            self.bar.set_postfix_str(f"return {mean:.1f}", refresh=False)
-        self.bar.update(rollout.rewards.numel())
-
-    def record_episode(self, step, i):
-        """Record that an episode ended in environment `i`."""
-        episode_return, length = self.returns[i].item(), self.lengths[i].item()
-        self.progress.episodes.append((step, episode_return, length))
-        self.writer.add_scalar("charts/episodic_return", episode_return, step)
-        self.writer.add_scalar("charts/episodic_length", length, step)
-
-
-class RankLog(RunLog):
-    """The log of a run of several ranks: rank 0 keeps it for all, the others only heed signals."""
-
-    def __init__(self, args, progress, ranks):
-        self.ranks, self.env_ids = ranks, args.env_ids
-        all_envs = dataclasses.replace(args, num_envs=args.num_envs * ranks.size)
-        if ranks.rank == 0:
-            super().__init__(all_envs, progress)
-            self.args_to_save = args
-        else:
-            self.stop_signal, self.handlers = 0, {}
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.stop)
-
-    def stop(self, number, frame):
-        if self.ranks.size == 1:
-            super().stop(number, frame)
-        else:  # torchrun sends every signal again, and waits half a minute for the end
-            if self.ranks.rank == 0 and not self.stop_signal:
-                os.write(2, b"\nstopping after this iteration\n")
-            self.stop_signal = number
-
-    def start_episodes(self):
-        if self.ranks.rank == 0:
-            super().start_episodes()
-
-    def record_episode(self, step, i):
-        super().record_episode(step, i)
-        if len(self.env_ids) > 1:
-            num_envs = self.args.num_envs // self.ranks.size
-            env_id = self.env_ids[i % num_envs % len(self.env_ids)]
-            self.writer.add_scalar(f"charts/episodic_return/{env_id}", self.returns[i], step)
-
-    def write(self, rollout, returns, metrics, learning_rate):
-        names = ("rewards", "values", "terminations", "truncations")
-        mine = [getattr(rollout, name).float() for name in names]
-        *gathered, returns = self.ranks.gather(torch.stack([*mine, returns]))
-        if self.ranks.rank == 0:
-            rollout = rollout._replace(**dict(zip(names, gathered, strict=True)))
-            flags = {name: getattr(rollout, name).bool() for name in names[2:]}
-            super().write(rollout._replace(**flags), returns, metrics, learning_rate)
-
-    def save(self, agent, optimizer):
-        if self.ranks.rank == 0:
-            path = self.run_dir / "agent.pt"
-            save_checkpoint(path, self.args_to_save, agent, optimizer, self.progress)
-
-    def close(self):
-        if self.ranks.rank == 0:
-            super().close()
-        else:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-
-
-def report(args, agent, log, device):
-    """Compare the trained agent with a random one: print, plot, film, write result.json."""
-    threshold = reward_threshold(args)
-    save_plot(log.run_dir / "training.png", args, log.progress, threshold)
-    print(f"playing {args.eval_episodes} episodes with a random agent and with the trained one")
-    random_returns = evaluate(None, args, args.eval_episodes, args.seed, device)
-    returns = evaluate(agent, args, args.eval_episodes, args.seed, device)
-    result = {
-        "run_dir": str(log.run_dir),
-        "global_step": log.progress.global_step,
-        "learning_seconds": log.progress.learning_seconds,
-        "wall_seconds": time.perf_counter() - log.started,
-        "eval_returns": returns.tolist(),
-        "eval_mean": float(returns.mean()),
-        "eval_std": float(returns.std()),
-        "random_returns": random_returns.tolist(),
-        "threshold": threshold,
-        "solved": None if threshold is None else bool(returns.mean() >= threshold),
-        "curve": {
-            name: [point[name] for point in log.progress.metrics]
-            for name in ("step", "seconds", "episodic_return")
-        },
-        "args": dataclasses.asdict(args),
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in (torch, gym, np)},
-    }
-    (log.run_dir / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+        wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
+    run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
+    run.sha256 = hashlib.sha256(script).hexdigest()
+    run.running = defaultdict(lambda: [0.0, 0])  # return and length of each environment's episode
+    run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
+    run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)
+    run.writer.add_text("hyperparameters", f"    {args}")
     try:
-        save_gif(log.run_dir / "agent.gif", args, agent, device)
-    except Exception as error:  # whatever an environment raises that cannot be drawn here
-        print(f"no GIF: {type(error).__name__} {error}")
-    print(summary("random agent", random_returns))
-    print(summary("trained agent", returns, threshold))
+        yield run
+    finally:
+        if error := sys.exception():
+            error.add_note(f"{args.env_id}, after step {progress.global_step}")
+        if run.checkpoint:
+            save_checkpoint(run)
+        run.bar.close()
+        run.writer.close()
+    if stopped:
+        print(f"stopped; continue with --resume {folder / 'agent.pt'}")
+        sys.exit(128 + stopped[0])
+
+
+def log_iteration(run, progress, rollout, metrics, optimizer):
+    """Log metrics, and the episodes that ended, each at the step of its last transition."""
+    dones, ended = rollout.terminations | rollout.truncations, False
+    transitions = zip(rollout.rewards.flatten().tolist(), dones.flatten().tolist(), strict=True)
+    for step, (reward, done) in enumerate(transitions, progress.global_step - dones.numel() + 1):
+        episode = run.running[(step - 1) % dones.shape[1]]
+        episode[:] = episode[0] + reward, episode[1] + 1
+        if done:
+            progress.episodes.append((step, *episode))
+            run.writer.add_scalar("charts/episodic_return", episode[0], step)
+            run.writer.add_scalar("charts/episodic_length", episode[1], step)
+            episode[:], ended = (0.0, 0), True
+    scalars = {f"losses/{name}": value for name, value in metrics.items()}
+    scalars["charts/SPS"] = progress.global_step / progress.learning_seconds
+    scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+    for name, value in scalars.items():
+        run.writer.add_scalar(name, value, progress.global_step)
+    mean = np.mean([episode[1] for episode in progress.episodes[-100:]]).item() if ended else None
+    point = {"step": progress.global_step, "seconds": progress.learning_seconds}
+    progress.iterations.append(metrics | point | {"episodic_return": mean})
+    run.bar.update(dones.numel())
+
+
+def report(args, agent, run, progress, device):
+    """Plot the run, evaluate a random and the trained agent, film them, write result.json."""
+    save_plot(run.folder / "training.png", args, progress)
+    random_returns, returns = [], []
+    if args.eval_episodes:
+        save_gif(run.folder / "agent.gif", args, agent, device)
+        random_returns = play(None, args, 10, device)
+        returns = play(agent, args, args.eval_episodes, device)
+    mean, std = (np.mean(returns).item(), np.std(returns).item()) if returns else (None, None)
+    threshold = gym.spec(args.env_id).reward_threshold
+    solved = mean >= threshold if returns and threshold is not None else None
+    result = {"run_dir": str(run.folder), "global_step": progress.global_step}
+    result |= {"learning_seconds": progress.learning_seconds, "resumes": progress.resumes}
+    result |= {"wall_seconds": time.perf_counter() - run.started, "args": asdict(args)}
+    result |= {"eval_returns": returns, "eval_mean": mean, "eval_std": std, "solved": solved}
+    result |= {"random_returns": random_returns, "threshold": threshold, "sha256": run.sha256}
+    result["versions"] = {module.__name__: module.__version__ for module in (torch, gym, np)}
+    for name in ("step", "seconds", "episodic_return"):
+        result.setdefault("curve", {})[name] = [point[name] for point in progress.iterations]
+    (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     return result
 
 
-def reward_threshold(args):
-    """The return from which the environment counts as solved, or None; None for several."""
-    spec = make_env(args).spec if len(args.env_ids) == 1 else None
-    return getattr(spec, "reward_threshold", None)
+def play(agent, args, episodes, device):
+    """Evaluate a random (None) or trained agent and print the result; list of returns."""
+    returns = evaluate(agent, args, episodes, args.seed, device)
+    threshold, name = gym.spec(args.env_id).reward_threshold, "trained" if agent else "random"
+    line = f"{name:7} agent {returns.mean():8.1f} ± {returns.std():5.1f} over {episodes} episodes"
+    if agent and threshold is not None:
+        solved = "solved" if returns.mean() >= threshold else "not solved"
+        line += f", {solved} (threshold {threshold:g})"
+    print(line)
+    return returns.tolist()
 
 
-def print_each(args, returns):
-    """With several environments, which are evaluated in turns: a line for each."""
-    count = len(args.env_ids)
-    if 1 < count <= len(returns):
-        for i, env_id in enumerate(args.env_ids):
-            alone = dataclasses.replace(args, env_ids=(env_id,))
-            print(summary(env_id, returns[i::count], reward_threshold(alone)))
-
-
-def summary(name, returns, threshold=None):
-    """One line: mean and standard deviation, and whether they reach the threshold."""
-    line = f"{name:13} {returns.mean():6.1f} ± {returns.std():5.1f} over {len(returns)} episodes"
-    if threshold is None:
-        return line
-    verdict = "solved" if returns.mean() >= threshold else "not solved"
-    return f"{line}, {verdict} (threshold {threshold:g})"
-
-
-def save_plot(path, args, progress, threshold):
-    """Draw the return of every episode, and losses, entropy and KL of every iteration."""
+def save_plot(path, args, progress):
+    """Plot the return of each episode, and losses, entropy and KL of each iteration."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     names = ["policy_loss", "value_loss", "entropy", "approx_kl"]
-    axes = figure.subplot_mosaic([["return"] * len(names), names], height_ratios=[2, 1])
-    for name in names:
-        steps, values = zip(*[(m["step"], m[name]) for m in progress.metrics], strict=True)
-        axes[name].plot(steps, values)
-    if progress.episodes:
-        steps, returns, _ = np.array(progress.episodes).T
-        window = min(100, len(returns))
-        average = np.convolve(returns, np.full(window, 1 / window), mode="valid")
-        axes["return"].plot(steps, returns, ".", markersize=2, alpha=0.5, label="episode")
-        axes["return"].plot(steps[window - 1 :], average, label=f"mean of {window} episodes")
-    if threshold is not None:
-        axes["return"].axhline(threshold, color="black", linestyle="--", label="threshold")
-    if axes["return"].lines:
-        axes["return"].legend(loc="lower right")
+    axes = figure.subplot_mosaic([["episodic_return"] * 4, names], height_ratios=[2, 1])
+    ends, returns, _ = np.array(progress.episodes).reshape(-1, 3).T
+    axes["episodic_return"].plot(ends, returns, ".", alpha=0.3)
     for name, axis in axes.items():
-        axis.set(title=name.replace("_", " "), xlabel="environment steps")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.grid(alpha=0.3)
-    axes["return"].set_title(f"{args.env_id}, seed {args.seed}")
-    figure.savefig(path, dpi=100)
+        points = [(point["step"], point[name]) for point in progress.iterations]
+        axis.plot(*np.array(points, float).T, marker=".")  # None, no episode ended, is a gap
+        axis.set(xlabel="environment steps", ylabel=name.replace("_", " "))
+    axes["episodic_return"].set_title(f"{args.env_id}: episodes, and mean of the last 100")
+    figure.savefig(path)
 
 
 def save_gif(path, args, agent, device):
-    """Film an episode of the trained agent beside one of a random agent, repeated as needed."""
-    metadata = make_env(args).metadata
-    if "rgb_array" not in metadata.get("render_modes", []):
-        raise ValueError(f"{args.env_id} has no render mode rgb_array")
-    fps = metadata.get("render_fps", 30)
-    every = math.ceil(fps / 25)  # more frames a second would only make the file larger
-    untrained, trained = film(None, args, device, every), film(agent, args, device, every)
-    frames = []
-    for left, right in zip(itertools.cycle(untrained), trained, strict=False):
-        frame = Image.new("RGB", (left.width + right.width, left.height + 16), "white")
-        frame.paste(left, (0, 16))
-        frame.paste(right, (left.width, 16))
-        ImageDraw.Draw(frame).text((4, 2), "random", fill="black")
-        ImageDraw.Draw(frame).text((left.width + 4, 2), "trained", fill="black")
-        frames.append(frame)
-    duration = 1000 * every / fps
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=duration)
+    """Film a random agent (left) and the trained one (right); a line says if it can't be drawn."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
+    try:
+        envs = make_vector_env(replace(args, num_envs=2), training=False, render_mode="rgb_array")
+        obs, frames = envs.reset(seed=[args.seed] * 2)[0], []
+        for _ in range(250):
+            frames.append(Image.fromarray(np.hstack(envs.render())).reduce(2))
+            actions = act(None, envs, obs, device)
+            actions[1] = act(agent, envs, obs, device)[1]
+            obs = envs.step(actions)[0]
+        envs.close()
+        duration = 1000 / envs.metadata.get("render_fps", 30)
+        frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=duration)
+    except Exception as error:  # whatever an environment raises that can't be drawn here
+        print(f"no GIF: {error!r}")
 
 
-@torch.no_grad()
-def film(agent, args, device, every):
-    """Every so many-th frame of one episode, at most 250, as small images."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display for this
-    env = make_env(args, "rgb_array")
-    env.action_space.seed(args.seed + 1)
-    obs, _ = env.reset(seed=args.seed)
-    frames = []
-    for step in range(250 * every):
-        if step % every == 0:
-            frames.append(ImageOps.contain(Image.fromarray(env.render()), (300, 300)))
-        (action,) = choose_actions(agent, [env], [obs], device)
-        obs, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            break
-    env.close()
-    return frames
+stopped = []  # the SIGINT or SIGTERM that `main` received, which ends the training loop
+
+
+def stop(number, _):
+    print("stopping after this iteration; again to stop at once", flush=True)
+    stopped.append(number)
+    if "RANK" not in os.environ:  # torchrun itself sends every signal twice
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 
 def main() -> None:
-    """Train, go on with a run (--resume), or evaluate a checkpoint (--evaluate)."""
+    """Train, continue a run (--resume), or evaluate a checkpoint (--evaluate)."""
+    gym.logger.min_level = gym.logger.ERROR
     args = tyro.cli(Args)
     try:
         if path := args.evaluate or args.resume:
             agent, saved = load_agent(path, "cpu")
-            if args.resume and not read_checkpoint(path)[0].get("optimizer"):
-                raise ValueError(f"{path} holds no optimiser state: evaluate it, or train anew")
-            if args.resume and path.name != "agent.pt":  # it would be written there
-                raise ValueError(f"--resume takes the agent.pt of a run folder, not {path}")
-            cuda = args.cuda if args.evaluate else saved.cuda
-            args = tyro.cli(Args, default=dataclasses.replace(saved, cuda=cuda))
-            for name in ("env_ids", "env_kwargs", "norm_obs"):
-                if getattr(args, name) != getattr(saved, name):
-                    flag = name.replace("_", "-")
-                    raise ValueError(f"--{flag} cannot differ from what {path} was trained with")
+            args = tyro.cli(Args, default=saved)
+            for name in (
+                "env_id",
+                "env_kwargs",
+                "exp_name",
+                "norm_obs",
+                "norm_reward",
+                "hidden_size",
+            ):
+                old, new = getattr(saved, name), getattr(args, name)
+                refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)
-    except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
-            print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    try:
-        if args.render:
-            seeds = range(args.seed, args.seed + args.eval_episodes)
-            for env_id, seed in zip(itertools.cycle(args.env_ids), seeds, strict=False):
-                alone = dataclasses.replace(args, env_ids=(env_id,))
-                print(f"return {evaluate(agent.to(device), alone, 1, seed, device).item():.1f}")
-        elif args.evaluate:
-            threshold = reward_threshold(args)
-            returns = evaluate(agent.to(device), args, args.eval_episodes, args.seed, device)
-            print(summary("trained agent", returns, threshold))
-            print_each(args, returns)
+        device = torch.device("cuda" if args.cuda else "cpu")
+        if args.evaluate:
+            play(agent.to(device), args, args.eval_episodes, device)
         else:
             train(args)
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, ChildProcessError, ConnectionError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError):
+            error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
+            raise
+        if LOCAL_RANK > 0:  # once per machine
+            sys.exit(2)
+        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id}:"
+        print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
+        sys.exit(2)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     main()
