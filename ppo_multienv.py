@@ -60,7 +60,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space, create_shared_memory, read_from_shared_memory
 from matplotlib.figure import Figure
@@ -196,44 +196,30 @@ class WorkerVectorEnv(VectorEnv):
     """
 
     def __init__(self, env_fns, num_workers, timeout):
-        env = env_fns[0]()
-        self.num_envs, self.timeout = len(env_fns), timeout
-        self.single_observation_space, self.single_action_space = (
+        env, self.num_envs, self.timeout = env_fns[0](), len(env_fns), timeout
+        self.metadata = env.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = obs, action = (
             env.observation_space,
             env.action_space,
         )
-        self.observation_space = batch_space(env.observation_space, self.num_envs)
-        self.action_space = batch_space(env.action_space, self.num_envs)
-        self.metadata = env.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
         env.close()
-        space = Dict(  # all that is exchanged in a step, for each environment
-            obs=env.observation_space,
-            final_obs=env.observation_space,
-            action=env.action_space,
-            reward=Box(-np.inf, np.inf, (), np.float64),
-            terminated=Discrete(2),
-            truncated=Discrete(2),
-            reset_seed=Box(0, 2**63 - 1, (), np.int64),
-        )
+        self.observation_space = batch_space(obs, self.num_envs)
+        self.action_space = batch_space(action, self.num_envs)
+        # What is exchanged in a step, for each environment.
+        space = Dict({"obs": obs, "final_obs": obs, "action": action, "ended": MultiBinary(2)})
+        space["reward"] = Box(-np.inf, np.inf, (), np.float64)
+        space["reset_seed"] = Box(0, 2**63 - 1, (), np.int64)
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.pipes = [], []
         atexit.register(self.close)
-        for indices in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
+        for part in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
             pipe, theirs = multiprocessing.Pipe()
             self.pipes.append(pipe)
-            inputs = (
-                theirs,
-                self.pipes,
-                env_fns,
-                space,
-                self.memory,
-                slice(indices[0], indices[-1] + 1),
-            )
-            self.workers.append(
-                multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
-            )
-            self.workers[-1].start()
+            inputs = (theirs, self.pipes, env_fns, space, self.memory, part)
+            worker = multiprocessing.Process(target=run_worker, args=inputs, daemon=True)
+            worker.start()
+            self.workers.append(worker)
             theirs.close()  # so that the pipe ends with the worker
 
     def reset(self, *, seed, options=None):
@@ -244,16 +230,14 @@ class WorkerVectorEnv(VectorEnv):
     def step(self, actions):
         self.arrays["action"][:] = actions
         self.exchange(b"step")
-        terminated, truncated = (self.arrays[name] > 0 for name in ("terminated", "truncated"))
+        terminated, truncated = self.arrays["ended"].T > 0
         infos = {"final_obs": self.arrays["final_obs"], "_final_obs": terminated | truncated}
         return self.arrays["obs"], self.arrays["reward"], terminated, truncated, infos
 
     def exchange(self, message):
         """Send a message to all workers, and wait until they have done what it says."""
         for pipe in self.pipes:
-            with contextlib.suppress(
-                ConnectionError
-            ):  # the worker has ended; its last words follow
+            with contextlib.suppress(ConnectionError):  # the worker has ended: see below
                 pipe.send_bytes(message)
         try:
             for pipe in self.pipes:
@@ -272,40 +256,42 @@ class WorkerVectorEnv(VectorEnv):
 
 
 def run_worker(pipe, others, env_fns, space, memory, part):
-    """Step the environments of the slice `part` whenever a message says so."""
+    """Step the environments numbered `part` whenever a message says so."""
     for other in others:
         other.close()  # so that the pipe ends with the main process
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the main process decides when to stop
     arrays = read_from_shared_memory(space, memory, len(env_fns))
-    mine = {name: array[part] for name, array in arrays.items()}
-    with contextlib.suppress(EOFError, ConnectionError):  # the main process has ended
-        try:
-            envs = [env_fn() for env_fn in env_fns[part]]
-            while message := await_message(pipe):
-                for i, env in enumerate(envs):
-                    if message == b"reset":
-                        np.random.seed(mine["reset_seed"][i] % 2**32)
-                        obs, _ = env.reset(seed=int(mine["reset_seed"][i]))
-                    else:
-                        obs, mine["reward"][i], *ended, _ = env.step(mine["action"][i])
-                        mine["terminated"][i], mine["truncated"][i] = ended
-                        if any(ended):
-                            mine["final_obs"][i] = obs
-                            obs, _ = env.reset()
-                    mine["obs"][i] = obs
-                pipe.send_bytes(b"")
-        except Exception as error:
-            traceback.print_exc()
-            pipe.send_bytes(f"an environment raised {error!r}".encode())
+    try:
+        envs = {i: env_fns[i]() for i in part.tolist()}
+        while message := await_message(pipe):
+            for i, env in envs.items():
+                if message == b"reset":
+                    np.random.seed(arrays["reset_seed"][i] % 2**32)
+                    obs, _ = env.reset(seed=int(arrays["reset_seed"][i]))
+                else:
+                    obs, arrays["reward"][i], *ended, _ = env.step(arrays["action"][i])
+                    arrays["ended"][i] = ended
+                    if any(ended):
+                        arrays["final_obs"][i] = obs
+                        obs, _ = env.reset()
+                arrays["obs"][i] = obs
+            pipe.send_bytes(b"")
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send_bytes(f"an environment raised {error!r}".encode())
 
 
 def await_message(pipe):
-    """The next message. A process that sleeps takes long to wake: poll for 2 ms before sleeping."""
+    """The next message, or nothing if the main process has ended.
+
+    A process that sleeps takes long to wake: poll for 2 ms before sleeping.
+    """
     deadline = time.perf_counter() + 0.002
     while not pipe.poll() and time.perf_counter() < deadline:
         time.sleep(0)  # lets the other processes of this core run
-    return pipe.recv_bytes()
+    with contextlib.suppress(EOFError, ConnectionError):
+        return pipe.recv_bytes()
 
 
 def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
