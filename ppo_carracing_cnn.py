@@ -615,8 +615,6 @@ def train(args: Args) -> dict:
             torch.set_num_threads(1)  # the environments' processes have the cores
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
             torch.set_num_threads(num_threads)
-            progress.iteration += 1
-            progress.global_step += batch_size
             check_finite(progress, reward=rollout.rewards, value=rollout.next_values)
             advantages, returns = compute_gae(
                 args.reward_scale * rollout.rewards, rollout.values, rollout.next_values,
@@ -624,6 +622,8 @@ def train(args: Args) -> dict:
             )  # fmt: skip
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
             check_finite(progress, **metrics, **agent.state_dict())
+            progress.iteration += 1
+            progress.global_step += batch_size
             progress.learning_seconds += time.perf_counter() - started
             log_iteration(run, progress, rollout, metrics, optimizer)
             run.checkpoint = make_checkpoint(args, agent, optimizer, progress)
@@ -700,11 +700,7 @@ def check_args(args):
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
     refuse(args.env_id != "CarRacing-v3", f"--env-id must be CarRacing-v3, not {args.env_id}")
-    try:
-        env = make_env(args, render_mode="human" if args.render else None)
-    except TypeError as error:
-        refuse("unexpected keyword argument" in str(error), f"--env-kwargs: {error}")
-        raise
+    env = make_env(args, render_mode="human" if args.render else None)
     refuse(
         not env.unwrapped.continuous, "--env-kwargs continuous=False: actions must be continuous"
     )
@@ -724,15 +720,14 @@ def check_finite(progress, **numbers):
     """FloatingPointError if one of the tensors or floats is not finite."""
     for name, number in numbers.items():
         if not torch.as_tensor(number).isfinite().all():
-            raise FloatingPointError(f"not finite at step {progress.global_step}: {name}")
+            raise FloatingPointError(f"{name} is not finite after step {progress.global_step}")
 
 
 def make_checkpoint(args, agent, optimizer, progress):
-    """A copy of all that `--resume` and `load_agent` need: plain types and tensors."""
+    """All that `--resume` and `load_agent` need: plain types, and copies of tensors."""
     settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
-    counts = {name: copy.copy(value) for name, value in vars(progress).items()}
     state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = {"script": Args.exp_name, "args": settings, "progress": counts}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": vars(progress)}
     return checkpoint | copy.deepcopy(state)
 
 
@@ -921,10 +916,11 @@ def main() -> None:
     except (FloatingPointError, ChildProcessError) as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        if not isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError):
+        known = isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError)
+        if not known and "unexpected keyword argument" not in str(error):
             error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
             raise
-        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id}:"
+        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id} or --env-kwargs:"
         print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
         sys.exit(2)
 

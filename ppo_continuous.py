@@ -523,8 +523,6 @@ def train(args: Args) -> dict:
             for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = remaining * learning_rate  # detail 4
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
-            progress.iteration += 1
-            progress.global_step += batch_size
             check_finite(progress, **rollout._asdict())
             rewards = rollout.rewards
             if args.norm_reward:
@@ -541,6 +539,8 @@ def train(args: Args) -> dict:
                 kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], args.target_kl or 0.01)
             if args.norm_obs:
                 agent.normalize.update(rollout.obs)
+            progress.iteration += 1
+            progress.global_step += batch_size
             progress.learning_seconds += time.perf_counter() - started
             log_iteration(run, progress, rollout, metrics, optimizer)
             resumable = replace(args, kl_coef=kl_coef)
@@ -616,11 +616,7 @@ def check_args(args):
     refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
-    try:
-        env = make_env(args, render_mode="human" if args.render else None)
-    except TypeError as error:
-        refuse("unexpected keyword argument" in str(error), f"--env-kwargs: {error}")
-        raise
+    env = make_env(args, render_mode="human" if args.render else None)
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
     refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
@@ -649,15 +645,14 @@ def check_finite(progress, **numbers):
     """FloatingPointError if one of the tensors or floats is not finite."""
     for name, number in numbers.items():
         if not torch.as_tensor(number).isfinite().all():
-            raise FloatingPointError(f"not finite at step {progress.global_step}: {name}")
+            raise FloatingPointError(f"{name} is not finite after step {progress.global_step}")
 
 
 def make_checkpoint(args, agent, optimizer, progress):
-    """A copy of all that `--resume` and `load_agent` need: plain types and tensors."""
+    """All that `--resume` and `load_agent` need: plain types, and copies of tensors."""
     settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
-    counts = {name: copy.copy(value) for name, value in vars(progress).items()}
     state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = {"script": Args.exp_name, "args": settings, "progress": counts}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": vars(progress)}
     return checkpoint | copy.deepcopy(state)
 
 
@@ -853,10 +848,11 @@ def main() -> None:
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        if not isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError):
+        known = isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError)
+        if not known and "unexpected keyword argument" not in str(error):
             error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
             raise
-        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id}:"
+        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id} or --env-kwargs:"
         print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
         sys.exit(2)
 

@@ -684,8 +684,6 @@ def train(args: Args) -> dict | None:
             for group in optimizer.param_groups:
                 group["lr"] = remaining * args.learning_rate  # detail 4
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
-            progress.iteration += 1
-            progress.global_step += batch_size
             check_finite(progress, **rollout._asdict())
             rewards = rollout.rewards
             if args.norm_reward:
@@ -700,6 +698,8 @@ def train(args: Args) -> dict | None:
             check_finite(progress, **metrics, **agent.state_dict())
             if args.norm_obs:
                 agent.normalize.update(rollout.obs)
+            progress.iteration += 1
+            progress.global_step += batch_size
             progress.learning_seconds += time.perf_counter() - started
             outcomes = ("rewards", "terminations", "truncations")
             outcomes = {name: all_gather(getattr(rollout, name)) for name in outcomes}
@@ -794,11 +794,7 @@ def check_args(args):
     refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
-    try:
-        env = make_env(args, render_mode="human" if args.render else None)
-    except TypeError as error:
-        refuse("unexpected keyword argument" in str(error), f"--env-kwargs: {error}")
-        raise
+    env = make_env(args, render_mode="human" if args.render else None)
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
     refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
@@ -832,11 +828,10 @@ def check_finite(progress, **numbers):
 
 
 def make_checkpoint(args, agent, optimizer, progress):
-    """A copy of all that `--resume` and `load_agent` need: plain types and tensors."""
+    """All that `--resume` and `load_agent` need: plain types, and copies of tensors."""
     settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
-    counts = {name: copy.copy(value) for name, value in vars(progress).items()}
     state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = {"script": Args.exp_name, "args": settings, "progress": counts}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": vars(progress)}
     return checkpoint | copy.deepcopy(state)
 
 
@@ -1033,12 +1028,13 @@ def main() -> None:
     except (FloatingPointError, ChildProcessError, ConnectionError) as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        if not isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError):
+        known = isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError)
+        if not known and "unexpected keyword argument" not in str(error):
             error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
             raise
         if LOCAL_RANK > 0:  # once per machine
             sys.exit(2)
-        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id}:"
+        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id} or --env-kwargs:"
         print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
         sys.exit(2)
 

@@ -20,7 +20,7 @@ import toy_envs  # noqa: F401
 from gymnasium import spaces
 
 ROOT = Path(__file__).parents[1]
-CONVERTED = ["ppo_discrete"]
+CONVERTED = ["ppo_discrete", "ppo_continuous", "ppo_multienv"]
 
 # The settings that make a run of 8 iterations of 4 x 16 steps out of each script's defaults.
 FAST = dict(gamma=0.98, gae_lambda=0.9, learning_rate=2e-3, num_minibatches=4, ent_coef=0.0)
@@ -28,7 +28,7 @@ RAW = dict(norm_obs=False, norm_reward=False)
 SMALL = {
     "ppo_discrete": FAST,
     "ppo_continuous": FAST | RAW | {"env_id": "Pendulum-v1", "log_std_init": 0.0},
-    "ppo_multienv": FAST | RAW | {"env_ids": ("CartPole-v1",), "num_workers": 0},
+    "ppo_multienv": FAST | RAW | {"env_id": "CartPole-v1", "num_workers": 0},
 }
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # rendering needs no screen
@@ -91,19 +91,13 @@ def flags(script, in_tmp):
     return flags
 
 
-@pytest.fixture
-def playing(script):
-    """Gives the settings by which the script plays an environment."""
-
-    def playing(env_id, *env_kwargs):
-        name = "env_ids" if script.__name__ == "ppo_multienv" else "env_id"
-        return {name: (env_id,) if name == "env_ids" else env_id, "env_kwargs": env_kwargs}
-
-    return playing
+def playing(env_id, *env_kwargs):
+    """The settings by which a script plays an environment."""
+    return {"env_id": env_id, "env_kwargs": env_kwargs}
 
 
 @pytest.fixture
-def toy(script, playing):
+def toy(script):
     """Gives the settings for a toy environment, with the kind of actions that the script takes."""
     kind = "Box" if script.__name__ == "ppo_continuous" else ""
     return lambda name, *env_kwargs: playing(f"{name}{kind}-v0", *env_kwargs)
@@ -147,6 +141,8 @@ def record_updates(script, monkeypatch):
 
     def spy(agent, optimizer, rollout, advantages, returns, args, *rest):
         rates = [group["lr"] for group in optimizer.param_groups]
+        assert isinstance(optimizer, torch.optim.Adam)
+        assert {group["eps"] for group in optimizer.param_groups} == {1e-5}, "detail 3"
         steps = {int(state["step"]) for state in optimizer.state.values()}
         weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
         metrics = update(agent, optimizer, rollout, advantages, returns, args, *rest)

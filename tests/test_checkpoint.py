@@ -143,6 +143,16 @@ def test_signal_ends_the_run_with_a_checkpoint(script, small, monkeypatch, in_tm
     assert f"--resume {path.relative_to(in_tmp)}" in capsys.readouterr().out
 
 
+@ONCE
+@pytest.mark.xfail(strict=True, reason="names an agent.pt that is not there")
+def test_signal_before_the_first_iteration(script, small, monkeypatch, in_tmp, capsys):
+    monkeypatch.setattr(script, "stopped", [signal.SIGINT])
+    with pytest.raises(SystemExit) as stop:
+        script.train(small)
+    assert stop.value.code == 130
+    assert "--resume" not in capsys.readouterr().out
+
+
 # In processes of their own.
 
 

@@ -16,7 +16,7 @@ def assert_refused(result, in_tmp, *words):
     assert code == 2 and output == ""
     assert errors.count("\n") == 1 and errors.startswith("error: ")
     for word in words:
-        assert word in errors.replace("--env-ids", "--env-id")
+        assert word in errors
     assert list(in_tmp.iterdir()) == []
 
 
@@ -58,14 +58,13 @@ def test_numbers_out_of_range(script, main, in_tmp, flag, value, allowed):
         (("--env-id", "no_such_module:Env-v0"), ("no_such_module",)),
         (("--env-kwargs", "nonsense"), ("--env-kwargs", "nonsense")),
         (("--env-kwargs", "gravity=oops("), ("--env-kwargs", "oops(")),
+        (("--env-kwargs", "no_such_argument=1"), ("--env-kwargs", "no_such_argument")),
         (("--render",), ("--render", "--evaluate")),
         (("--evaluate", "nowhere.pt"), ("nowhere.pt",)),
         (("--resume", "nowhere.pt"), ("nowhere.pt",)),
     ],
 )
-def test_settings_that_cannot_work(script, main, in_tmp, flags, words):
-    if hasattr(script.Args, "env_ids"):
-        flags = [flag.replace("--env-id", "--env-ids") for flag in flags]
+def test_settings_that_cannot_work(main, in_tmp, flags, words):
     assert_refused(main(*flags), in_tmp, *words)
 
 

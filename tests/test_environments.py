@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ONCE, only
+from conftest import ONCE, only, playing
 
 TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"  # by Gymnasium's version
 
@@ -46,7 +46,7 @@ def test_observations_of_every_kind_train(main, flags, toy, name):
 
 @only("ppo_discrete", "ppo_multienv")
 @pytest.mark.parametrize(("env_id", "size"), [("FrozenLake-v1", 16), (TAXI, 500)])
-def test_observations_that_are_a_number(script, main, flags, playing, env_id, size):
+def test_observations_that_are_a_number(script, main, flags, env_id, size):
     args = flags(**playing(env_id, "max_episode_steps=20"), total_timesteps=64, eval_episodes=2)
     code, output, errors = main(*args)
     assert code == 0 and "over 2 episodes" in output, errors
@@ -56,7 +56,7 @@ def test_observations_that_are_a_number(script, main, flags, playing, env_id, si
 
 
 @pytest.mark.xfail(strict=True, reason="gym.spec does not take `module:Name-v0`")
-def test_environment_of_ones_own_module(script, main, flags, in_tmp, playing):
+def test_environment_of_ones_own_module(script, main, flags, in_tmp):
     """`module:Name-v0` imports the module; its run ends with all files."""
     name = "ToyBox" if script.__name__ == "ppo_continuous" else "Toy"
     args = flags(**playing(f"toy_envs:{name}-v0"), total_timesteps=64, eval_episodes=2)
@@ -67,7 +67,7 @@ def test_environment_of_ones_own_module(script, main, flags, in_tmp, playing):
     assert list(in_tmp.glob("runs/*/result.json")) and not list(in_tmp.glob("runs/*/agent.gif"))
 
 
-def test_arguments_reach_the_environment(script, small, playing):
+def test_arguments_reach_the_environment(script, small):
     args = dataclasses.replace(
         small, **playing("CartPole-v1", "sutton_barto_reward=True", "max_episode_steps=7")
     )
@@ -110,7 +110,7 @@ def test_misfits_are_refused(main, flags, toy, in_tmp, name, words):
     assert list(in_tmp.iterdir()) == []
 
 
-def test_the_wrong_kind_of_actions(script, main, in_tmp, flags, playing):
+def test_the_wrong_kind_of_actions(script, main, in_tmp, flags):
     env_id, word = {
         "ppo_discrete": ("Pendulum-v1", "Discrete"),
         "ppo_continuous": ("CartPole-v1", "Box"),

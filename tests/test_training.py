@@ -166,15 +166,17 @@ def test_agent_drops_into_cleanrls_loop(script, two_actions):
 # Algorithm 1: what each iteration of train does.
 
 
-def test_same_seed_same_weights(script, small):
+def test_same_seed_same_weights(script, small, record_updates):
+    """The seed is that of the first weights, too."""
     args = dataclasses.replace(small, total_timesteps=192)
     weights = []
     for seed in (7, 7, 8):
         result = script.train(dataclasses.replace(args, seed=seed, exp_name=f"run{len(weights)}"))
         weights.append(load(f"{result['run_dir']}/agent.pt")["agent"])
-    first, same, other = weights
-    assert_same_weights(first, same)
-    assert not any(torch.equal(first[name], other[name]) for name in first if "weight" in name)
+    initial = [call.weights for call in record_updates if not call.steps]
+    for first, same, other in (weights, initial):
+        assert_same_weights(first, same)
+        assert not any(torch.equal(first[name], other[name]) for name in first if "weight" in name)
 
 
 @pytest.mark.parametrize("total_timesteps", [256, 200])
@@ -293,7 +295,7 @@ def test_files_of_a_run(script, trained):
     env_id = trained.result["run_dir"].split("/")[1].split("__")
     assert env_id[1:3] == [script.__name__, "1"]
     gif = script.Image.open(trained.folder / "agent.gif")
-    assert gif.n_frames > 1
+    assert gif.n_frames > 1 and gif.width > gif.height, "two agents, side by side"
     assert script.Image.open(trained.folder / "training.png").size == (1200, 700)
 
 
@@ -316,6 +318,19 @@ def test_result(script, trained):
     returns = script.evaluate(agent, args, 3, args.seed, CPU)
     assert returns.tolist() == pytest.approx(result["eval_returns"], rel=1e-4)
     assert script.evaluate(None, args, 10, args.seed, CPU).tolist() == result["random_returns"]
+
+
+def test_plot(script, small, monkeypatch):
+    """Axes have labels; points are marked, so that a single one can be seen."""
+    figures, figure = [], script.Figure
+    monkeypatch.setattr(
+        script, "Figure", lambda *args, **kw: figures.append(figure(*args, **kw)) or figures[-1]
+    )
+    script.train(dataclasses.replace(small, total_timesteps=64))
+    for axis in figures[0].axes:
+        assert axis.get_xlabel() and axis.get_ylabel()
+        (*_, curve) = axis.lines
+        assert len(curve.get_xdata()) == 1 and curve.get_marker() not in ("", "None", None)
 
 
 def test_script_is_in_the_run_folder(script, trained):
@@ -394,9 +409,9 @@ def test_long_episodes_reach_their_limit(script, small, toy, checkpoint_interval
         small, **game, total_timesteps=256, checkpoint_interval=checkpoint_interval
     )
     result = script.train(args)
-    assert [length for _, length in scalars(result["run_dir"], "charts/episodic_length")] == [
-        60
-    ] * 4
+    lengths = [length for _, length in scalars(result["run_dir"], "charts/episodic_length")]
+    assert lengths == [60] * 4
+    assert result["curve"]["episodic_return"] == [None, None, None, 60.0]
 
 
 def test_no_evaluation(script, small, monkeypatch):
@@ -532,6 +547,16 @@ def test_resume_continues_with_the_saved_state(script, half, main, record_update
     assert steps == list(range(64, 513, 64))
 
 
+def test_resume_replaces_what_was_logged_after_the_checkpoint(half, main):
+    """As after a crash: the checkpoint is older than the last events."""
+    saved = half.read_bytes()
+    main("--resume", half, "--total-timesteps", 384)
+    half.write_bytes(saved)
+    main("--resume", half, "--total-timesteps", 320)
+    steps = [step for step, _ in scalars(half.parent, "losses/entropy")]
+    assert steps == [64, 128, 192, 256, 320]
+
+
 def test_resume_draws_new_noise(script, small, toy, main, record_updates):
     """The environments of a resumed run are not those that the run began with."""
     args = dataclasses.replace(small, **toy("Toy"), total_timesteps=64)
@@ -580,7 +605,7 @@ def test_critic_learning_rate_beside_resume(half, main, record_updates):
     assert code == 0 and record_updates[0].rates == pytest.approx([1e-3, 0.01])
 
 
-def test_what_cannot_change_beside_resume_is_refused(script, half, main, record_updates):
+def test_what_cannot_change_beside_resume_is_refused(half, main, record_updates):
     before = {path: path.read_bytes() for path in half.parent.iterdir()}
     for flags_beside in (
         ("--no-norm-obs",), ("--hidden-size", 32), ("--exp-name", "other"),
@@ -590,9 +615,8 @@ def test_what_cannot_change_beside_resume_is_refused(script, half, main, record_
         flag = flags_beside[0].replace("--no-", "--")
         assert code == 2 and output == "" and errors.count("\n") == 1, flags_beside
         assert errors.startswith("error: ") and flag in errors
-    env_id = "--env-ids" if hasattr(script.Args, "env_ids") else "--env-id"
-    code, _, errors = main("--resume", half, env_id, "Acrobot-v1")
-    assert code == 2 and env_id in errors and "Acrobot-v1" in errors and errors.count("\n") == 1
+    code, _, errors = main("--resume", half, "--env-id", "Acrobot-v1")
+    assert code == 2 and "--env-id" in errors and "Acrobot-v1" in errors and errors.count("\n") == 1
     assert before == {path: path.read_bytes() for path in half.parent.iterdir()}
     assert not record_updates
 
