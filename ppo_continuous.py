@@ -31,7 +31,6 @@ References:
 """
 
 import ast
-import contextlib
 import copy
 import hashlib
 import json
@@ -41,6 +40,7 @@ import signal
 import sys
 import time
 from collections import defaultdict, namedtuple
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,7 +141,7 @@ def scale_actions(env):
 
 
 class PlainEnv(gym.Wrapper):
-    """What vector environments can store: arrays that are not reused, float rewards, no infos."""
+    """Copies observations, makes rewards floats, and drops infos, as vector environments need."""
 
     def reset(self, *, seed=None, options=None):
         obs, _ = self.env.reset(seed=seed, options=options)
@@ -307,7 +307,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     # PPO eq. 12: delta_t = r_t + gamma V(s_{t+1}) - V(s_t); V is 0 after a termination.
     deltas = rewards + gamma * next_values.masked_fill(terminations, 0) - values
     # PPO eq. 11: A_t = delta_t + gamma lambda A_{t+1}, where A_{t+1} is 0 across episodes.
-    decays = gamma * gae_lambda * ~(terminations | truncations)
+    decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
     advantages, advantage = torch.zeros_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
         advantages[t] = advantage = deltas[t] + decays[t] * advantage
@@ -418,6 +418,7 @@ def collect_rollout(agent, envs, next_obs, args, device):
     actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
+        check_finite(observation=next_obs)
         obs[t] = torch.from_numpy(next_obs)
         actions[t] = agent.get_policy(obs[t]).sample()
         outcome = envs.step(actions[t].numpy(force=True))
@@ -508,22 +509,19 @@ def train(args: Args) -> dict:
     actor, critic = [*agent.actor.parameters(), agent.log_std], agent.critic.parameters()
     groups = [{"params": actor}, {"params": critic}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # detail 3
-    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
-    progress.episodes, progress.iterations, kl_coef = [], [], args.kl_coef
-    if args.resume:
-        load_progress(args, agent, optimizer, progress)
-    next_obs = reset_envs(envs, args, progress.iteration)
+    progress = start_progress(args, agent, optimizer)
+    next_obs, kl_coef = reset_envs(envs, args, progress.iteration), args.kl_coef
     batch_size = args.num_envs * args.num_steps
     total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
 
-    with open_run(args, progress, total_steps) as run:
+    with closing(envs), catch_signals() as stopped, open_run(args, progress, total_steps) as run:
         while progress.global_step < total_steps and not stopped:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0
             for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = remaining * learning_rate  # detail 4
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
-            check_finite(progress, **rollout._asdict())
+            check_finite(**rollout._asdict())
             rewards = rollout.rewards
             if args.norm_reward:
                 dones = rollout.terminations | rollout.truncations
@@ -534,7 +532,7 @@ def train(args: Args) -> dict:
                 rollout.truncations, args.gamma, args.gae_lambda,
             )  # fmt: skip
             metrics = update(agent, optimizer, rollout, advantages, returns, args, kl_coef)
-            check_finite(progress, **metrics, **agent.state_dict())
+            check_finite(**metrics, **agent.state_dict())
             if args.surrogate == "kl-penalty":
                 kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], args.target_kl or 0.01)
             if args.norm_obs:
@@ -543,11 +541,12 @@ def train(args: Args) -> dict:
             progress.global_step += batch_size
             progress.learning_seconds += time.perf_counter() - started
             log_iteration(run, progress, rollout, metrics, optimizer)
-            resumable = replace(args, kl_coef=kl_coef)
-            run.checkpoint = make_checkpoint(resumable, agent, optimizer, progress)
+            current_args = replace(args, kl_coef=kl_coef)
+            run.checkpoint = make_checkpoint(current_args, agent, optimizer, progress)
             if progress.iteration % args.checkpoint_interval == 0:
                 save_checkpoint(run)
-    envs.close()
+    if stopped:
+        exit_stopped(run, stopped)
     return report(args, agent, run, progress, device)
 
 
@@ -604,28 +603,42 @@ def refuse(condition, reason):
 
 def check_args(args):
     """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
-    half = args.num_envs * args.num_steps // 2
-    least = {"seed": 0, "eval_episodes": 0, "log_std_init": -20}
-    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": half}
+    batch_size = args.num_envs * args.num_steps
+    at_least = {"seed": 0, "eval_episodes": 1 if args.evaluate else 0, "log_std_init": -20}
+    at_most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": batch_size // 2}
     for name, value in vars(args).items():
-        low = least.get(name, 1 if isinstance(value, int) else 0)
-        high, flag = most.get(name, 1e308), f"--{name.replace('_', '-')}"
+        low = at_least.get(name, 1 if isinstance(value, int) else 0)
+        high, flag = at_most.get(name, math.inf), f"--{name.replace('_', '-')}"
         if type(value) in (int, float):
-            refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
-    refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU that PyTorch can use")
+            fits = low <= value <= high and math.isfinite(value)
+            refuse(not fits, f"{flag} must be finite and from {low} to {high}, not {value}")
+    refuse(
+        args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU; --no-cuda trains without"
+    )
     refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
-    env = make_env(args, render_mode="human" if args.render else None)
+    named = not args.resume or args.resume.name == "agent.pt"
+    refuse(not named, f"--resume takes the agent.pt of a run folder, not {args.resume}")
+    folder = args.resume.parent if args.resume else Path("runs" if Path("runs").exists() else ".")
+    writable = args.evaluate or (folder.is_dir() and os.access(folder, os.W_OK))
+    refuse(not writable, f"the folder {folder} cannot be written to")
+    try:
+        env = make_env(args, render_mode="human" if args.render else None)
+    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+        bug = isinstance(error, TypeError) and "unexpected keyword argument" not in str(error)
+        refuse(not bug, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        raise
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
     refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
-    refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return 5 values, a reward")
-    misfit = isinstance(space, Box) and np.shape(reset[0]) != space.shape
-    refuse(misfit, f"{flag}: the observation {reset[0]} is not in {space}")
+    expected = "(observation, reward, terminated, truncated, info), the reward a number"
+    refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return {expected}")
+    for obs in (reset[0], step[0]) if isinstance(space, Box) else ():
+        refuse(np.shape(obs) != space.shape, f"{flag}: the observation {obs} is not in {space}")
     refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
-    real = is_real_vector(raw.action_space)
-    refuse(not real, f"{flag}: {raw.action_space} is not a Box of real vectors")
+    real = is_real_vector(env.action_space)
+    refuse(not real, f"{flag}: {env.action_space} is not a Box of real vectors")
     if env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
     if len(space.shape or ()) == 3:
@@ -641,11 +654,11 @@ def parse_env_kwargs(args):
         raise BadInput(f"--env-kwargs takes NAME=LITERAL, not {args.env_kwargs}") from None
 
 
-def check_finite(progress, **numbers):
-    """FloatingPointError if one of the tensors or floats is not finite."""
+def check_finite(**numbers):
+    """FloatingPointError if one of the arrays, tensors or floats is not finite."""
     for name, number in numbers.items():
         if not torch.as_tensor(number).isfinite().all():
-            raise FloatingPointError(f"{name} is not finite after step {progress.global_step}")
+            raise FloatingPointError(f"not finite: {name}")
 
 
 def make_checkpoint(args, agent, optimizer, progress):
@@ -662,34 +675,69 @@ def save_checkpoint(run):
     (run.folder / "agent.tmp").replace(run.folder / "agent.pt")
 
 
-def load_progress(args, agent, optimizer, progress):
-    """Continue from the checkpoint `args.resume`."""
-    checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-    agent.load_state_dict(checkpoint["agent"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    vars(progress).update(checkpoint["progress"])
-    progress.resumes += 1
+def start_progress(args, agent, optimizer):
+    """What the run has done so far; with --resume, it is loaded, and so are agent and optimizer."""
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
+    progress.episodes, progress.iterations = [], []
+    if args.resume:
+        checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+        refuse(
+            not checkpoint["optimizer"], f"{args.resume} has no optimizer state to continue with"
+        )
+        agent.load_state_dict(checkpoint["agent"])
+        moments = {"state": checkpoint["optimizer"]["state"]}
+        optimizer.load_state_dict(optimizer.state_dict() | moments)
+        vars(progress).update(checkpoint["progress"])
+        progress.resumes += 1
+    return progress
 
 
 def load_agent(path, device):
     """(agent, args) of a checkpoint; ValueError if `path` is not a checkpoint of this script."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        refuse(checkpoint["script"] != Args.exp_name, f"it is of {checkpoint['script']}.py")
+        refuse(checkpoint["script"] != Args.exp_name, f"it is one of {checkpoint['script']}.py")
         args = Args(**checkpoint["args"])
         env = make_env(args)
         agent = Agent(env.observation_space, env.action_space, args.norm_obs, args.hidden_size)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # torch.load alone raises errors of many kinds
-        raise BadInput(f"{path} is no checkpoint of {Args.exp_name}.py: {error!r:.200}") from None
+        raise BadInput(f"{Args.exp_name}.py cannot load {path}: {error!r:.200}") from None
     return agent.to(device), args
 
 
-@contextlib.contextmanager
+@contextmanager
+def catch_signals():
+    """Yields a list that SIGINT or SIGTERM is appended to; a second one ends the process."""
+    stopped = []
+
+    def stop(number, _):
+        print("\nstopping after this iteration; again to stop at once", flush=True)
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {}
+    with suppress(ValueError):  # only the main thread handles signals
+        handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def exit_stopped(run, stopped):
+    """End the process as its signal asks, after a word on how to continue."""
+    if run.checkpoint is not None:
+        print(f"continue with --resume {run.folder / 'agent.pt'}")
+    sys.exit(128 + stopped[0])
+
+
+@contextmanager
 def open_run(args, progress, total_steps):
     """The run's folder, TensorBoard and progress bar.
 
-    However the run ends, `checkpoint` is saved: the state of its last whole iteration.
+    However the run ends, `run.checkpoint` is saved: the state of its last whole iteration.
     """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     folder = args.resume.parent if args.resume else Path("runs", name.replace("/", "_"))
@@ -703,7 +751,7 @@ def open_run(args, progress, total_steps):
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
     run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
     run.sha256 = hashlib.sha256(script).hexdigest()
-    run.running = defaultdict(lambda: [0.0, 0])  # return and length of each environment's episode
+    run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
     run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)
     run.writer.add_text("hyperparameters", f"    {args}")
@@ -711,14 +759,11 @@ def open_run(args, progress, total_steps):
         yield run
     finally:
         if error := sys.exception():
-            error.add_note(f"{args.env_id}, after step {progress.global_step}")
-        if run.checkpoint:
+            error.add_note(f"({args.env_id}, after step {progress.global_step})")
+        if run.checkpoint is not None:
             save_checkpoint(run)
         run.bar.close()
         run.writer.close()
-    if stopped:
-        print(f"stopped; continue with --resume {folder / 'agent.pt'}")
-        sys.exit(128 + stopped[0])
 
 
 def log_iteration(run, progress, rollout, metrics, optimizer):
@@ -726,7 +771,7 @@ def log_iteration(run, progress, rollout, metrics, optimizer):
     dones, ended = rollout.terminations | rollout.truncations, False
     transitions = zip(rollout.rewards.flatten().tolist(), dones.flatten().tolist(), strict=True)
     for step, (reward, done) in enumerate(transitions, progress.global_step - dones.numel() + 1):
-        episode = run.running[(step - 1) % dones.shape[1]]
+        episode = run.running[(step - 1) % dones.shape[1]]  # of the environment of this transition
         episode[:] = episode[0] + reward, episode[1] + 1
         if done:
             progress.episodes.append((step, *episode))
@@ -753,7 +798,7 @@ def report(args, agent, run, progress, device):
         random_returns = play(None, args, 10, device)
         returns = play(agent, args, args.eval_episodes, device)
     mean, std = (np.mean(returns).item(), np.std(returns).item()) if returns else (None, None)
-    threshold = gym.spec(args.env_id).reward_threshold
+    threshold = make_env(args).spec.reward_threshold
     solved = mean >= threshold if returns and threshold is not None else None
     result = {"run_dir": str(run.folder), "global_step": progress.global_step}
     result |= {"learning_seconds": progress.learning_seconds, "resumes": progress.resumes}
@@ -770,7 +815,7 @@ def report(args, agent, run, progress, device):
 def play(agent, args, episodes, device):
     """Evaluate a random (None) or trained agent and print the result; list of returns."""
     returns = evaluate(agent, args, episodes, args.seed, device)
-    threshold, name = gym.spec(args.env_id).reward_threshold, "trained" if agent else "random"
+    threshold, name = make_env(args).spec.reward_threshold, "trained" if agent else "random"
     line = f"{name:7} agent {returns.mean():8.1f} ± {returns.std():5.1f} over {episodes} episodes"
     if agent and threshold is not None:
         solved = "solved" if returns.mean() >= threshold else "not solved"
@@ -812,15 +857,6 @@ def save_gif(path, args, agent, device):
         print(f"no GIF: {error!r}")
 
 
-stopped = []  # the SIGINT or SIGTERM that `main` received, which ends the training loop
-
-
-def stop(number, _):
-    print("stopping after this iteration; again to stop at once", flush=True)
-    stopped.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-
 def main() -> None:
     """Train, continue a run (--resume), or evaluate a checkpoint (--evaluate)."""
     gym.logger.min_level = gym.logger.ERROR
@@ -828,15 +864,9 @@ def main() -> None:
     try:
         if path := args.evaluate or args.resume:
             agent, saved = load_agent(path, "cpu")
-            args = tyro.cli(Args, default=saved)
-            for name in (
-                "env_id",
-                "env_kwargs",
-                "exp_name",
-                "norm_obs",
-                "norm_reward",
-                "hidden_size",
-            ):
+            cuda = args.cuda if args.evaluate else saved.cuda
+            args = tyro.cli(Args, default=replace(saved, cuda=cuda))
+            for name in ("env_id", "env_kwargs", "norm_obs", "norm_reward", "hidden_size"):
                 old, new = getattr(saved, name), getattr(args, name)
                 refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)
@@ -845,19 +875,14 @@ def main() -> None:
             play(agent.to(device), args, args.eval_episodes, device)
         else:
             train(args)
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        known = isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError)
-        if not known and "unexpected keyword argument" not in str(error):
-            error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
-            raise
-        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id} or --env-kwargs:"
-        print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
+    except BadInput as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     main()

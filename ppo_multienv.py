@@ -36,7 +36,6 @@ References:
 
 import ast
 import atexit
-import contextlib
 import copy
 import datetime
 import hashlib
@@ -49,6 +48,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict, namedtuple
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -71,8 +71,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # Set by torchrun: this process's number among all and on its machine, and how many there are.
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE, LOCAL_SIZE = (int(os.environ.get(f"{x}WORLD_SIZE", 1)) for x in ("", "LOCAL_"))
+environ = os.environ if "RANK" in os.environ else {}
+RANK, LOCAL_RANK = int(environ.get("RANK", 0)), int(environ.get("LOCAL_RANK", 0))
+WORLD_SIZE, LOCAL_SIZE = (int(environ.get(f"{x}WORLD_SIZE", 1)) for x in ("", "LOCAL_"))
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Args:
 
 
 def make_env(args: Args, training: bool = True, render_mode: str | None = None) -> gym.Env:
-    """One environment, with vector observations and actions 0 to n - 1, or scaled to [-1, 1]."""
+    """One environment, with vector observations, and actions 0 to n - 1 or scaled to [-1, 1]."""
     kwargs = parse_env_kwargs(args) | ({"render_mode": render_mode} if render_mode else {})
     env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     if not training and env.spec.max_episode_steps is None:
@@ -157,7 +158,7 @@ def scale_actions(env):
 
 
 class PlainEnv(gym.Wrapper):
-    """What vector environments can store: arrays that are not reused, float rewards, no infos."""
+    """Copies observations, makes rewards floats, and drops infos, as vector environments need."""
 
     def reset(self, *, seed=None, options=None):
         obs, _ = self.env.reset(seed=seed, options=options)
@@ -237,7 +238,7 @@ class WorkerVectorEnv(VectorEnv):
     def exchange(self, message):
         """Send a message to all workers, and wait until they have done what it says."""
         for pipe in self.pipes:
-            with contextlib.suppress(ConnectionError):  # the worker has ended: see below
+            with suppress(ConnectionError):  # the worker has ended: see below
                 pipe.send_bytes(message)
         try:
             for pipe in self.pipes:
@@ -250,6 +251,7 @@ class WorkerVectorEnv(VectorEnv):
             raise ChildProcessError("the process of an environment died") from None
 
     def close_extras(self, **kwargs):
+        atexit.unregister(self.close)
         for worker in self.workers:
             worker.kill()
             worker.join()
@@ -290,7 +292,7 @@ def await_message(pipe):
     deadline = time.perf_counter() + 0.002
     while not pipe.poll() and time.perf_counter() < deadline:
         time.sleep(0)  # lets the other processes of this core run
-    with contextlib.suppress(EOFError, ConnectionError):
+    with suppress(EOFError, ConnectionError):
         return pipe.recv_bytes()
 
 
@@ -327,6 +329,7 @@ def all_sum(tensor):
 
 
 def all_mean(tensor):
+    """Mean of the tensor over all ranks, in place."""
     return all_sum(tensor).div_(WORLD_SIZE)
 
 
@@ -337,7 +340,13 @@ def all_gather(tensor):
     return all_sum(gathered).flatten(1).to(tensor.dtype)
 
 
-@contextlib.contextmanager
+def rollout_of_all_ranks(rollout):
+    """The rollout with rewards, terminations and truncations of all ranks, for the log."""
+    names = ("rewards", "terminations", "truncations")
+    return rollout._replace(**{name: all_gather(getattr(rollout, name)) for name in names})
+
+
+@contextmanager
 def connection_errors():
     """ConnectionError, in one sentence, if another rank is gone or silent."""
     try:
@@ -482,7 +491,7 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     # PPO eq. 12: delta_t = r_t + gamma V(s_{t+1}) - V(s_t); V is 0 after a termination.
     deltas = rewards + gamma * next_values.masked_fill(terminations, 0) - values
     # PPO eq. 11: A_t = delta_t + gamma lambda A_{t+1}, where A_{t+1} is 0 across episodes.
-    decays = gamma * gae_lambda * ~(terminations | truncations)
+    decays = gamma * gae_lambda * (~(terminations | truncations)).to(deltas.dtype)
     advantages, advantage = torch.zeros_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
         advantages[t] = advantage = deltas[t] + decays[t] * advantage
@@ -568,6 +577,8 @@ def collect_rollout(agent, envs, next_obs, args, device):
     actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
+        if not np.isfinite(next_obs).all():
+            raise FloatingPointError("an observation is not finite")
         obs[t] = torch.from_numpy(next_obs)
         actions[t] = agent.get_policy(obs[t]).sample()
         outcome = envs.step(actions[t].numpy(force=True))
@@ -666,25 +677,22 @@ def train(args: Args) -> dict | None:
         device
     )
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # detail 3
-    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
-    progress.episodes, progress.iterations = [], []
-    if args.resume:
-        load_progress(args, agent, optimizer, progress)
-    for parameter in agent.parameters():  # another machine may have drawn others, in the last digit
+    progress = start_progress(args, agent, optimizer)
+    for parameter in agent.parameters():  # other machines may have rounded others
         all_mean(parameter.data)
     next_obs = reset_envs(envs, args, progress.iteration)
     batch_size, stopping = args.num_envs * args.num_steps * WORLD_SIZE, False
     total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
 
-    open_log = open_run(args, progress, total_steps) if RANK == 0 else contextlib.nullcontext()
-    with open_log as run:
+    opened = open_run(args, progress, total_steps) if RANK == 0 else nullcontext()
+    with closing(envs), catch_signals() as stopped, opened as run:
         while progress.global_step < total_steps and not stopping:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = remaining * args.learning_rate  # detail 4
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
-            check_finite(progress, **rollout._asdict())
+            check_finite(**rollout._asdict())
             rewards = rollout.rewards
             if args.norm_reward:
                 dones = rollout.terminations | rollout.truncations
@@ -695,30 +703,28 @@ def train(args: Args) -> dict | None:
                 rollout.truncations, args.gamma, args.gae_lambda,
             )  # fmt: skip
             metrics = update(agent, optimizer, rollout, advantages, returns, args)
-            check_finite(progress, **metrics, **agent.state_dict())
+            check_finite(**metrics, **agent.state_dict())
             if args.norm_obs:
                 agent.normalize.update(rollout.obs)
             progress.iteration += 1
             progress.global_step += batch_size
             progress.learning_seconds += time.perf_counter() - started
-            outcomes = ("rewards", "terminations", "truncations")
-            outcomes = {name: all_gather(getattr(rollout, name)) for name in outcomes}
+            everything = rollout_of_all_ranks(rollout)
             if RANK == 0:
-                log_iteration(run, progress, rollout._replace(**outcomes), metrics, optimizer)
+                log_iteration(run, progress, everything, metrics, optimizer)
                 run.checkpoint = make_checkpoint(args, agent, optimizer, progress)
                 if progress.iteration % args.checkpoint_interval == 0:
                     save_checkpoint(run)
-            stopping = any_stopped()
-    envs.close()
+            stopping = any_rank(stopped)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if RANK > 0:
-        return sys.exit(128 + stopped[0]) if stopped else None
-    return report(args, agent, run, progress, device)
+    if stopped:
+        exit_stopped(run, stopped)
+    return report(args, agent, run, progress, device) if RANK == 0 else None
 
 
-def any_stopped():
-    """Whether any rank received SIGINT or SIGTERM, which then counts as received by all."""
+def any_rank(stopped):
+    """Whether any rank received SIGINT or SIGTERM, which then counts as received by this one."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     counts = all_sum(torch.tensor([stopped.count(number) for number in numbers]))
     if counts.any() and not stopped:
@@ -779,31 +785,50 @@ def refuse(condition, reason):
 
 def check_args(args):
     """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
-    half = args.num_envs * args.num_steps // 2
-    least = {"seed": 0, "eval_episodes": 0, "log_std_init": -20, "num_workers": 0}
-    most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": half}
+    batch_size = args.num_envs * args.num_steps
+    at_least = {
+        "seed": 0,
+        "eval_episodes": 1 if args.evaluate else 0,
+        "log_std_init": -20,
+        "num_workers": 0,
+    }
+    at_most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": batch_size // 2}
     for name, value in vars(args).items():
-        low = least.get(name, 1 if isinstance(value, int) else 0)
-        high, flag = most.get(name, 1e308), f"--{name.replace('_', '-')}"
+        low = at_least.get(name, 1 if isinstance(value, int) else 0)
+        high, flag = at_most.get(name, math.inf), f"--{name.replace('_', '-')}"
         if type(value) in (int, float):
-            refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
-    refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU that PyTorch can use")
+            fits = low <= value <= high and math.isfinite(value)
+            refuse(not fits, f"{flag} must be finite and from {low} to {high}, not {value}")
+    refuse(
+        args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU; --no-cuda trains without"
+    )
     many = args.cuda and LOCAL_RANK >= torch.cuda.device_count()
     refuse(many, "--cuda needs a GPU for each process of torchrun; start fewer")
     refuse(args.evaluate and WORLD_SIZE > 1, "--evaluate is for one process, without torchrun")
     refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
-    env = make_env(args, render_mode="human" if args.render else None)
+    named = not args.resume or args.resume.name == "agent.pt"
+    refuse(not named, f"--resume takes the agent.pt of a run folder, not {args.resume}")
+    folder = args.resume.parent if args.resume else Path("runs" if Path("runs").exists() else ".")
+    writable = args.evaluate or (folder.is_dir() and os.access(folder, os.W_OK))
+    refuse(not writable, f"the folder {folder} cannot be written to")
+    try:
+        env = make_env(args, render_mode="human" if args.render else None)
+    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+        bug = isinstance(error, TypeError) and "unexpected keyword argument" not in str(error)
+        refuse(not bug, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        raise
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
     refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
-    refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return 5 values, a reward")
-    misfit = isinstance(space, Box) and np.shape(reset[0]) != space.shape
-    refuse(misfit, f"{flag}: the observation {reset[0]} is not in {space}")
+    expected = "(observation, reward, terminated, truncated, info), the reward a number"
+    refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return {expected}")
+    for obs in (reset[0], step[0]) if isinstance(space, Box) else ():
+        refuse(np.shape(obs) != space.shape, f"{flag}: the observation {obs} is not in {space}")
     refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
-    usable = isinstance(env.action_space, Discrete) or is_real_vector(raw.action_space)
-    refuse(not usable, f"{flag}: {raw.action_space} is not Discrete or a Box of real vectors")
+    usable = isinstance(env.action_space, Discrete) or is_real_vector(env.action_space)
+    refuse(not usable, f"{flag}: {env.action_space} is not Discrete or a Box of real vectors")
     if RANK == 0 and env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
     if RANK == 0 and len(space.shape or ()) == 3:
@@ -819,12 +844,11 @@ def parse_env_kwargs(args):
         raise BadInput(f"--env-kwargs takes NAME=LITERAL, not {args.env_kwargs}") from None
 
 
-def check_finite(progress, **numbers):
+def check_finite(**numbers):
     """FloatingPointError, on all ranks, if one of the tensors or floats is not finite on any."""
     bad = [n for n, number in numbers.items() if not torch.as_tensor(number).isfinite().all()]
     if all_sum(torch.tensor(len(bad))) > 0:
-        names = ", ".join(bad) or "numbers of another process"
-        raise FloatingPointError(f"not finite at step {progress.global_step}: {names}")
+        raise FloatingPointError(f"not finite: {', '.join(bad) or 'numbers of another process'}")
 
 
 def make_checkpoint(args, agent, optimizer, progress):
@@ -841,34 +865,70 @@ def save_checkpoint(run):
     (run.folder / "agent.tmp").replace(run.folder / "agent.pt")
 
 
-def load_progress(args, agent, optimizer, progress):
-    """Continue from the checkpoint `args.resume`."""
-    checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-    agent.load_state_dict(checkpoint["agent"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    vars(progress).update(checkpoint["progress"])
-    progress.resumes += 1
+def start_progress(args, agent, optimizer):
+    """What the run has done so far; with --resume, it is loaded, and so are agent and optimizer."""
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
+    progress.episodes, progress.iterations = [], []
+    if args.resume:
+        checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
+        refuse(
+            not checkpoint["optimizer"], f"{args.resume} has no optimizer state to continue with"
+        )
+        agent.load_state_dict(checkpoint["agent"])
+        moments = {"state": checkpoint["optimizer"]["state"]}
+        optimizer.load_state_dict(optimizer.state_dict() | moments)
+        vars(progress).update(checkpoint["progress"])
+        progress.resumes += 1
+    return progress
 
 
 def load_agent(path, device):
     """(agent, args) of a checkpoint; ValueError if `path` is not a checkpoint of this script."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        refuse(checkpoint["script"] != Args.exp_name, f"it is of {checkpoint['script']}.py")
+        refuse(checkpoint["script"] != Args.exp_name, f"it is one of {checkpoint['script']}.py")
         args = Args(**checkpoint["args"])
         env = make_env(args)
         agent = Agent(env.observation_space, env.action_space, args.norm_obs, args.hidden_size)
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # torch.load alone raises errors of many kinds
-        raise BadInput(f"{path} is no checkpoint of {Args.exp_name}.py: {error!r:.200}") from None
+        raise BadInput(f"{Args.exp_name}.py cannot load {path}: {error!r:.200}") from None
     return agent.to(device), args
 
 
-@contextlib.contextmanager
+@contextmanager
+def catch_signals():
+    """Yields a list that SIGINT or SIGTERM is appended to; a second one ends the process."""
+    stopped = []
+
+    def stop(number, _):
+        print("\nstopping after this iteration", flush=True)
+        stopped.append(number)
+        if "RANK" not in os.environ:  # torchrun itself sends each signal twice
+            signal.signal(number, signal.SIG_DFL)
+
+    handlers = {}
+    with suppress(ValueError):  # only the main thread handles signals
+        handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def exit_stopped(run, stopped):
+    """End the process as its signal asks, after a word on how to continue."""
+    if RANK == 0 and run.checkpoint is not None:
+        print(f"continue with --resume {run.folder / 'agent.pt'}")
+    sys.exit(128 + stopped[0])
+
+
+@contextmanager
 def open_run(args, progress, total_steps):
     """The run's folder, TensorBoard and progress bar.
 
-    However the run ends, `checkpoint` is saved: the state of its last whole iteration.
+    However the run ends, `run.checkpoint` is saved: the state of its last whole iteration.
     """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     folder = args.resume.parent if args.resume else Path("runs", name.replace("/", "_"))
@@ -882,7 +942,7 @@ def open_run(args, progress, total_steps):
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
     run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
     run.sha256 = hashlib.sha256(script).hexdigest()
-    run.running = defaultdict(lambda: [0.0, 0])  # return and length of each environment's episode
+    run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
     run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)
     run.writer.add_text("hyperparameters", f"    {args}")
@@ -890,14 +950,11 @@ def open_run(args, progress, total_steps):
         yield run
     finally:
         if error := sys.exception():
-            error.add_note(f"{args.env_id}, after step {progress.global_step}")
-        if run.checkpoint:
+            error.add_note(f"({args.env_id}, after step {progress.global_step})")
+        if run.checkpoint is not None:
             save_checkpoint(run)
         run.bar.close()
         run.writer.close()
-    if stopped:
-        print(f"stopped; continue with --resume {folder / 'agent.pt'}")
-        sys.exit(128 + stopped[0])
 
 
 def log_iteration(run, progress, rollout, metrics, optimizer):
@@ -905,7 +962,7 @@ def log_iteration(run, progress, rollout, metrics, optimizer):
     dones, ended = rollout.terminations | rollout.truncations, False
     transitions = zip(rollout.rewards.flatten().tolist(), dones.flatten().tolist(), strict=True)
     for step, (reward, done) in enumerate(transitions, progress.global_step - dones.numel() + 1):
-        episode = run.running[(step - 1) % dones.shape[1]]
+        episode = run.running[(step - 1) % dones.shape[1]]  # of the environment of this transition
         episode[:] = episode[0] + reward, episode[1] + 1
         if done:
             progress.episodes.append((step, *episode))
@@ -932,7 +989,7 @@ def report(args, agent, run, progress, device):
         random_returns = play(None, args, 10, device)
         returns = play(agent, args, args.eval_episodes, device)
     mean, std = (np.mean(returns).item(), np.std(returns).item()) if returns else (None, None)
-    threshold = gym.spec(args.env_id).reward_threshold
+    threshold = make_env(args).spec.reward_threshold
     solved = mean >= threshold if returns and threshold is not None else None
     result = {"run_dir": str(run.folder), "global_step": progress.global_step}
     result |= {"learning_seconds": progress.learning_seconds, "resumes": progress.resumes}
@@ -949,7 +1006,7 @@ def report(args, agent, run, progress, device):
 def play(agent, args, episodes, device):
     """Evaluate a random (None) or trained agent and print the result; list of returns."""
     returns = evaluate(agent, args, episodes, args.seed, device)
-    threshold, name = gym.spec(args.env_id).reward_threshold, "trained" if agent else "random"
+    threshold, name = make_env(args).spec.reward_threshold, "trained" if agent else "random"
     line = f"{name:7} agent {returns.mean():8.1f} ± {returns.std():5.1f} over {episodes} episodes"
     if agent and threshold is not None:
         solved = "solved" if returns.mean() >= threshold else "not solved"
@@ -991,16 +1048,6 @@ def save_gif(path, args, agent, device):
         print(f"no GIF: {error!r}")
 
 
-stopped = []  # the SIGINT or SIGTERM that `main` received, which ends the training loop
-
-
-def stop(number, _):
-    print("stopping after this iteration; again to stop at once", flush=True)
-    stopped.append(number)
-    if "RANK" not in os.environ:  # torchrun itself sends every signal twice
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-
 def main() -> None:
     """Train, continue a run (--resume), or evaluate a checkpoint (--evaluate)."""
     gym.logger.min_level = gym.logger.ERROR
@@ -1008,15 +1055,9 @@ def main() -> None:
     try:
         if path := args.evaluate or args.resume:
             agent, saved = load_agent(path, "cpu")
-            args = tyro.cli(Args, default=saved)
-            for name in (
-                "env_id",
-                "env_kwargs",
-                "exp_name",
-                "norm_obs",
-                "norm_reward",
-                "hidden_size",
-            ):
+            cuda = args.cuda if args.evaluate else saved.cuda
+            args = tyro.cli(Args, default=replace(saved, cuda=cuda))
+            for name in ("env_id", "env_kwargs", "norm_obs", "norm_reward", "hidden_size"):
                 old, new = getattr(saved, name), getattr(args, name)
                 refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)
@@ -1025,21 +1066,16 @@ def main() -> None:
             play(agent.to(device), args, args.eval_episodes, device)
         else:
             train(args)
-    except (FloatingPointError, ChildProcessError, ConnectionError) as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        known = isinstance(error, BadInput | gym.error.Error | ModuleNotFoundError)
-        if not known and "unexpected keyword argument" not in str(error):
-            error.add_note(f"error: --env-id {args.env_id} --env-kwargs {args.env_kwargs}")
-            raise
+    except BadInput as error:
         if LOCAL_RANK > 0:  # once per machine
             sys.exit(2)
-        flag = "" if isinstance(error, BadInput) else f"--env-id {args.env_id} or --env-kwargs:"
-        print("error:", *f"{flag} {error}".split(), file=sys.stderr)  # in one line
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
+    except (FloatingPointError, ChildProcessError, ConnectionError) as error:
+        sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     main()

@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -44,20 +43,20 @@ ITERATIONS, ROUNDS = 8, 3
 NETWORKS = {"10 Gbit Ethernet": (30e-6, 1.25e9), "100 Gbit InfiniBand": (3e-6, 12.5e9)}
 
 
-def steps_per_second(num_ranks):
-    """Of a training of some iterations with this many ranks, by its own account."""
+def train(num_ranks):
+    """Seconds of learning, and steps, of some iterations with this many ranks."""
     args = ppo_multienv.Args()
     total = ITERATIONS * num_ranks * args.num_envs * args.num_steps
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    flags = ["--num-workers", "0", "--total-timesteps", str(total), "--eval-episodes", "1"]
+    flags = ["--num-workers", "0", "--total-timesteps", str(total), "--eval-episodes", "0"]
     with tempfile.TemporaryDirectory() as folder:
-        output = subprocess.run(
+        subprocess.run(
             [*launch, ROOT / "ppo_multienv.py", *flags],
-            cwd=folder, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        ).stdout  # fmt: skip
-        run_dir = re.search("run folder (.*)", output)[1]
-        result = json.loads(Path(folder, run_dir, "result.json").read_text())
-    return result["global_step"] / result["learning_seconds"]
+            cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        (path,) = Path(folder).glob("runs/*/result.json")
+        result = json.loads(path.read_text())
+    return result["learning_seconds"], result["global_step"]
 
 
 def measure_parts():
@@ -65,28 +64,23 @@ def measure_parts():
     torch.set_num_threads(1)
     args = ppo_multienv.Args(num_workers=0)
     envs = ppo_multienv.make_vector_env(args)
-    agent = ppo_multienv.Agent(envs.single_observation_space, envs.single_action_space, True)
-    weights = ppo_multienv.flatten_parameters(agent)
-    optimizer = torch.optim.Adam([weights], args.learning_rate, fused=True)
-    obs = ppo_multienv.start_episodes(envs, args, 0)
+    agent = ppo_multienv.Agent(
+        envs.single_observation_space, envs.single_action_space, args.norm_obs, args.hidden_size
+    )
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    obs = ppo_multienv.reset_envs(envs, args, 0)
     rollouts, minibatches = [], []
-
-    class Stopwatch(ppo_multienv.Ranks):
-        def mean(self, tensor):  # called where a minibatch's gradient is ready
-            if tensor.shape == weights.shape:
-                minibatches.append(time.perf_counter())
-            return tensor
-
-    ranks = Stopwatch(args)
+    # `update` calls this where a minibatch's gradient is ready.
+    ppo_multienv.average_gradients = lambda agent: minibatches.append(time.perf_counter())
     for _ in range(ITERATIONS):
         started = time.perf_counter()
-        rollout, obs = ppo_multienv.collect_rollout(agent, envs, obs, args, ranks.device)
+        rollout, obs = ppo_multienv.collect_rollout(agent, envs, obs, args, torch.device("cpu"))
         rollouts.append(time.perf_counter() - started)
         advantages, returns = ppo_multienv.compute_gae(
             rollout.rewards, rollout.values, rollout.next_values, rollout.terminations,
             rollout.truncations, args.gamma, args.gae_lambda,
         )  # fmt: skip
-        ppo_multienv.update(agent, weights, optimizer, rollout, advantages, returns, args, ranks)
+        ppo_multienv.update(agent, optimizer, rollout, advantages, returns, args)
     gaps = [b - a for a, b in itertools.pairwise(minibatches)]
     longest = 10 * statistics.median(gaps)
     gaps = [gap for gap in gaps if gap < longest]  # without those over a rollout
@@ -94,7 +88,7 @@ def measure_parts():
     return {
         "rollout": [statistics.mean(rollouts[1:]), statistics.stdev(rollouts[1:])],
         "minibatch": [statistics.mean(gaps), statistics.stdev(gaps)],
-        "gradient": weights.numel() * weights.element_size(),
+        "gradient": 4 * sum(parameter.numel() for parameter in agent.parameters()),
         "per_iteration": args.update_epochs * args.num_minibatches,
     }
 
@@ -128,7 +122,7 @@ def main():
     print(f"{os.cpu_count()} cores, PyTorch {torch.__version__}")
     print("Measured, steps/s in turns, and efficiency:")
     for _ in range(ROUNDS):
-        one, two = steps_per_second(1), steps_per_second(2)
+        one, two = (steps / seconds for seconds, steps in (train(1), train(2)))
         print(
             f"  1 rank {one:6.0f}, 2 ranks {two:6.0f}, efficiency {two / one / 2:.2f}", flush=True
         )

@@ -26,7 +26,7 @@ import ppo_continuous  # noqa: E402
 import ppo_discrete  # noqa: E402
 
 compute_gae = ppo_discrete.compute_gae
-CARTPOLE = "ppo_discrete.py --env-kwargs max_episode_steps=100 --gamma 0.99"
+CARTPOLE = "ppo_discrete.py --env-kwargs max_episode_steps=100 --gamma 0.99 --eval-episodes 0"
 
 
 def confused_gae(rewards, values, next_values, terminations, truncations, gamma, gae_lambda):
