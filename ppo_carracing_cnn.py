@@ -952,6 +952,10 @@ def main() -> None:
         sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            error.add_note(f"({args.env_id}, before or after training)")
+        raise
 
 
 if __name__ == "__main__":
