@@ -815,8 +815,9 @@ def report(args, agent, run, progress, device):
 def play(agent, args, episodes, device):
     """Evaluate a random (None) or trained agent and print the result; list of returns."""
     returns = evaluate(agent, args, episodes, args.seed, device)
-    threshold, name = make_env(args).spec.reward_threshold, "trained" if agent else "random"
-    line = f"{name:7} agent {returns.mean():8.1f} ± {returns.std():5.1f} over {episodes} episodes"
+    threshold = make_env(args).spec.reward_threshold
+    name = "trained agent" if agent else "random agent"
+    line = f"{name:13} {returns.mean():8.1f} ± {returns.std():5.1f} over {episodes} episodes"
     if agent and threshold is not None:
         solved = "solved" if returns.mean() >= threshold else "not solved"
         line += f", {solved} (threshold {threshold:g})"
