@@ -82,7 +82,7 @@ class Args:
     gamma: float = 0.98  # discount factor
     gae_lambda: float = 0.9  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     num_minibatches: int = 4  # minibatches per epoch, of N * T / num_minibatches transitions
-    update_epochs: int = 8  # epochs per iteration (K)
+    update_epochs: int = 6  # epochs per iteration (K)
     norm_adv: bool = True  # normalize the advantages of each minibatch
     surrogate: Literal["clip", "kl-penalty"] = "clip"  # PPO-Clip or PPO-Penalty
     clip_coef: float = 0.2  # clipping range of the probability ratio (epsilon)

@@ -27,7 +27,9 @@ FAST = dict(gamma=0.98, gae_lambda=0.9, learning_rate=2e-3, num_minibatches=4, e
 RAW = dict(norm_obs=False, norm_reward=False)
 SMALL = {
     "ppo_discrete": FAST,
-    "ppo_continuous": FAST | RAW | {"env_id": "Pendulum-v1", "log_std_init": 0.0},
+    "ppo_continuous": FAST
+    | RAW
+    | {"env_id": "Pendulum-v1", "env_kwargs": ("max_episode_steps=20",)},
     "ppo_multienv": FAST | RAW | {"env_id": "CartPole-v1", "num_workers": 0},
 }
 

@@ -70,6 +70,7 @@ def test_checkpoint_of_another_script_is_refused_by_name(script, trained, in_tmp
         script.load_agent(in_tmp / "other.pt", CPU)
 
 
+@ONCE
 def test_a_renamed_experiment_is_still_of_this_script(script, small):
     args = dataclasses.replace(small, exp_name="../a/b", total_timesteps=64)
     result = script.train(args)
@@ -105,6 +106,7 @@ def test_checkpoints_are_saved_at_the_interval_and_at_the_end(script, small, mon
     assert steps == [3 * 64, 6 * 64, 8 * 64]
 
 
+@ONCE
 def test_failure_while_saving_leaves_the_old_checkpoint(script, small, monkeypatch, in_tmp):
     """The disk is full at the second save, in the middle of the file."""
     save, saved = torch.save, []
@@ -123,30 +125,39 @@ def test_failure_while_saving_leaves_the_old_checkpoint(script, small, monkeypat
     assert load(path)["progress"]["global_step"] == saved[0] == 3 * 64
 
 
-def test_signal_ends_the_run_with_a_checkpoint(script, small, monkeypatch, in_tmp, capsys):
-    """What the handlers of `python ppo_*.py` note is seen after the iteration."""
-    update, calls = script.update, []
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_the_run_with_a_checkpoint(
+    script, small, monkeypatch, in_tmp, capsys, number, code
+):
+    """After its iteration; the handlers of before are there again."""
+    update, calls, before = script.update, [], signal.getsignal(number)
 
-    def stopping(*args):
+    def interrupted(*args):
         calls.append(args)
         if len(calls) == 2:
-            script.stopped.append(signal.SIGTERM)
+            signal.raise_signal(number)
         return update(*args)
 
-    monkeypatch.setattr(script, "stopped", [])
-    monkeypatch.setattr(script, "update", stopping)
+    monkeypatch.setattr(script, "update", interrupted)
     with pytest.raises(SystemExit) as stop:
         script.train(small)
-    assert stop.value.code == 143 and len(calls) == 2
+    assert stop.value.code == code and len(calls) == 2
     (path,) = in_tmp.glob("runs/*/agent.pt")
     assert load(path)["progress"]["global_step"] == 128
     assert f"--resume {path.relative_to(in_tmp)}" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
 
 
 @ONCE
-@pytest.mark.xfail(strict=True, reason="names an agent.pt that is not there")
-def test_signal_before_the_first_iteration(script, small, monkeypatch, in_tmp, capsys):
-    monkeypatch.setattr(script, "stopped", [signal.SIGINT])
+def test_signal_before_the_first_iteration(script, small, monkeypatch, capsys):
+    """There is no checkpoint to continue with, and none is named."""
+    open_run = script.open_run
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return open_run(*args)
+
+    monkeypatch.setattr(script, "open_run", interrupted)
     with pytest.raises(SystemExit) as stop:
         script.train(small)
     assert stop.value.code == 130
@@ -175,6 +186,7 @@ def wait_for_line(process, words):
     return lines
 
 
+@ONCE
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(in_tmp, start, flags, number, code):
     process = start(*flags(total_timesteps=10**8, checkpoint_interval=10**6))
@@ -203,17 +215,6 @@ def test_second_signal_ends_at_once(in_tmp, start):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT and "Traceback" not in errors
     assert os.listdir(in_tmp) == ["runs"]
-
-
-@ONCE
-@pytest.mark.xfail(strict=True, reason="only the handler of the first signal's kind is removed")
-def test_second_signal_may_be_of_the_other_kind(script, monkeypatch):
-    handlers = {signal.SIGINT: script.stop, signal.SIGTERM: script.stop}
-    monkeypatch.setattr(script, "stopped", [])
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    script.stop(signal.SIGINT, None)
-    assert script.stopped == [signal.SIGINT]
-    assert set(handlers.values()) == {signal.SIG_DFL}
 
 
 @ONCE

@@ -90,6 +90,7 @@ def test_bad_input_through_the_real_command(script, in_tmp):
     assert_refused((result.returncode, result.stdout, result.stderr), in_tmp, "--num-envs")
 
 
+@ONCE
 def test_real_command_trains_from_another_folder(script, in_tmp, start, flags):
     """From start to end, in a process of its own; the progress bar is on standard error."""
     process = start(*flags(total_timesteps=128, eval_episodes=2))
@@ -102,7 +103,7 @@ def test_real_command_trains_from_another_folder(script, in_tmp, start, flags):
     }
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback that blames the environment")
+@ONCE
 def test_run_folder_that_cannot_be_made(main, flags, in_tmp):
     (in_tmp / "runs").write_text("in the way")
     code, _, errors = main(*flags(total_timesteps=64))
@@ -111,6 +112,7 @@ def test_run_folder_that_cannot_be_made(main, flags, in_tmp):
     assert [path.name for path in in_tmp.iterdir()] == ["runs"]
 
 
+@ONCE
 def test_two_runs_have_a_folder_each(script, small):
     args = dataclasses.replace(small, total_timesteps=64)
     first, second = (script.train(args)["run_dir"] for _ in range(2))
@@ -125,6 +127,7 @@ def test_track_without_wandb(main, in_tmp, monkeypatch):
     assert_refused(main("--track"), in_tmp, "--track", "pip install wandb")
 
 
+@ONCE
 def test_track(main, flags, in_tmp, monkeypatch):
     """wandb.init comes before TensorBoard's writer, which it patches."""
     wandb, calls = types.ModuleType("wandb"), []
@@ -139,6 +142,7 @@ def test_track(main, flags, in_tmp, monkeypatch):
     assert kwargs["config"]["num_steps"] == 16 and not events
 
 
+@ONCE
 def test_wandb_is_not_imported_unless_asked_for(main, flags, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(*flags(total_timesteps=64))[0] == 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CONVERTED, ROOT
+from conftest import ROOT
 
 LINES = {  # of code, of the file
     "ppo_discrete": (450, 640),
@@ -59,9 +59,13 @@ VARIANTS = {  # what may differ between scripts; all else of one name is of one 
     "Args", "Agent", "Rollout", "check_args", "make_env", "make_vector_env", "collect_rollout",
     "update", "train", "evaluate", "load_agent", "main",
 }  # fmt: skip
+ALL_RANKS = {  # speak of all processes of torchrun in ppo_multienv.py
+    "ObservationNormalizer", "reset_envs", "minibatches", "check_finite", "catch_signals",
+    "exit_stopped",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(CONVERTED, 2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(LINES, 2)))
 def test_shared_text_is_the_same(first, second):
     texts = []
     for name in (first, second):
@@ -73,13 +77,15 @@ def test_shared_text_is_the_same(first, second):
                 if isinstance(node, ast.FunctionDef | ast.ClassDef)
             }
         )
-    shared = (texts[0].keys() & texts[1].keys()) - VARIANTS
+    different = VARIANTS | (ALL_RANKS if "ppo_multienv" in (first, second) else set())
+    different |= {"act"} if "ppo_carracing_cnn" in (first, second) else set()
+    shared = (texts[0].keys() & texts[1].keys()) - different
     assert {"compute_gae", "ppo_loss", "save_checkpoint", "report"} <= shared
     for name in shared:
         assert texts[0][name] == texts[1][name], name
 
 
-@pytest.mark.xfail(reason="ppo_discrete.py is still being shortened")
+@pytest.mark.xfail(reason="the scripts are longer than DESIGN.md asks")
 def test_a_file_is_short(script):
     """DESIGN: lines of code, of the file, of a function. Docstrings and comments are not code."""
     source = Path(script.__file__).read_text()

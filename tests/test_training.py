@@ -29,17 +29,17 @@ def scalars(folder, name):
 # Learning, in train and in loops of a reader's own.
 
 
-@pytest.mark.parametrize("gamma", [0.9, 0.5])
-def test_value_of_endless_reward_is_bootstrapped(script, small, toy, gamma):
+def test_value_of_endless_reward_is_bootstrapped(script, small, toy):
     """Reward 1 for ever, cut every 10 steps: V must approach 1 / (1 - gamma), as if never cut."""
     args = dataclasses.replace(
-        small, **toy("Endless"), gamma=gamma, total_timesteps=6000, learning_rate=0.01
+        small, **toy("Endless"), gamma=0.9, total_timesteps=6000, learning_rate=0.01
     )
     agent, _ = script.load_agent(f"{script.train(args)['run_dir']}/agent.pt", CPU)
-    # Taken for terminations, the cuts would leave 6.5 of 10, and 1.8 of 2.
-    assert agent.get_value(torch.ones(2)).item() == pytest.approx(1 / (1 - gamma), rel=0.03)
+    # Taken for terminations, the cuts would leave 6.5.
+    assert agent.get_value(torch.ones(2)).item() == pytest.approx(10, rel=0.03)
 
 
+@ONCE
 def test_value_of_terminating_episodes_is_not_bootstrapped(script, small, toy):
     """Reward 1 for 7 steps, then a terminal state: V(t) = 1 + gamma + ... over the rest."""
     args = dataclasses.replace(
@@ -192,6 +192,7 @@ def test_annealing_is_linear_over_whole_iterations(script, small, record_updates
     assert [rate for _, rate in logged] == pytest.approx([rate[0] for rate in expected])
 
 
+@ONCE
 def test_no_annealing(script, small, record_updates):
     script.train(dataclasses.replace(small, anneal_lr=False, total_timesteps=192))
     assert {rate for call in record_updates for rate in call.rates} == {small.learning_rate}
@@ -215,7 +216,7 @@ def test_critic_learning_rate(script, small, record_updates, monkeypatch):
         for name, tensor in record_updates[0].weights.items()
         if not torch.equal(tensor, final[name])
     }
-    assert moved == {"actor"}
+    assert "actor" in moved and "critic" not in moved
 
 
 def test_normalizer_is_updated_after_the_policy(script, small, toy, record_updates):
@@ -264,6 +265,7 @@ def test_advantages_are_those_of_the_rollout(script, small, toy, record_updates)
         torch.testing.assert_close(call.returns, returns)
 
 
+@ONCE
 def test_weights_that_are_saved_are_those_of_the_last_update(script, small, record_updates):
     """The agent of iteration n + 1 is that of iteration n after its update."""
     saved = []
@@ -320,6 +322,7 @@ def test_result(script, trained):
     assert script.evaluate(None, args, 10, args.seed, CPU).tolist() == result["random_returns"]
 
 
+@ONCE
 def test_plot(script, small, monkeypatch):
     """Axes have labels; points are marked, so that a single one can be seen."""
     figures, figure = [], script.Figure
@@ -367,6 +370,7 @@ def test_tensorboard(trained):
     assert len(scalars(trained.folder, "charts/episodic_length")) > 0
 
 
+@ONCE
 def test_explained_variance(script, small, record_updates):
     """1 - Var(return - V) / Var(return), of the values that the rollout was collected with."""
     result = script.train(dataclasses.replace(small, total_timesteps=128))
@@ -388,7 +392,7 @@ def test_episodes_are_logged_at_steps_of_their_own(script, small, toy):
 
 
 def test_returns_are_those_of_each_environment(script, small, toy, record_updates):
-    """Episodes of 3 to 7 steps in 4 environments: as many points, each of its own length."""
+    """Episodes of 3 to 7 steps, worth 2 each, in 4 environments: as many points."""
     result = script.train(dataclasses.replace(small, **toy("Staggered")))
     rollouts = [call.rollout for call in record_updates]
     labels = torch.cat([rollout.obs[:, :, 0] for rollout in rollouts])
@@ -396,6 +400,8 @@ def test_returns_are_those_of_each_environment(script, small, toy, record_update
     expected = [
         (4 * t + i + 1, 3.0 + labels[t, i].item() // 2 % 5) for t, i in dones.nonzero().tolist()
     ]
+    assert scalars(result["run_dir"], "charts/episodic_length") == expected
+    expected = [(step, 2 * length) for step, length in expected]
     assert scalars(result["run_dir"], "charts/episodic_return") == expected
     last = [value for _, value in expected][-100:]
     assert result["curve"]["episodic_return"][-1] == pytest.approx(np.mean(last))
@@ -403,17 +409,21 @@ def test_returns_are_those_of_each_environment(script, small, toy, record_update
 
 @pytest.mark.parametrize("checkpoint_interval", [1, 50])
 def test_long_episodes_reach_their_limit(script, small, toy, checkpoint_interval):
-    """Saving a file does not end episodes: a limit of 60 steps is reached in 4 iterations of 16."""
+    """Saving a file does not end episodes: a limit of 60 steps is reached in 4 iterations of 16.
+
+    The curve has gaps where no episode ended.
+    """
     game = toy("Endless", "max_episode_steps=60")
     args = dataclasses.replace(
-        small, **game, total_timesteps=256, checkpoint_interval=checkpoint_interval
+        small, **game, total_timesteps=320, checkpoint_interval=checkpoint_interval
     )
     result = script.train(args)
     lengths = [length for _, length in scalars(result["run_dir"], "charts/episodic_length")]
     assert lengths == [60] * 4
-    assert result["curve"]["episodic_return"] == [None, None, None, 60.0]
+    assert result["curve"]["episodic_return"] == [None, None, None, 60.0, None]
 
 
+@ONCE
 def test_no_evaluation(script, small, monkeypatch):
     """--eval-episodes 0: neither episodes nor GIF, but all else."""
     monkeypatch.setattr(script, "evaluate", None)
@@ -449,6 +459,27 @@ def crash(script, monkeypatch, fault):
 
 def interrupt(agent, metrics):
     raise KeyboardInterrupt
+
+
+@ONCE
+@pytest.mark.xfail(strict=True, reason="the counters of the checkpoint are one iteration ahead")
+def test_crash_while_logging_leaves_a_whole_iteration(script, three_iterations, monkeypatch):
+    """Weights and counters of the checkpoint are of the same iteration."""
+    expected, args = three_iterations
+    log_iteration, calls = script.log_iteration, []
+
+    def failing(*inputs):
+        calls.append(inputs)
+        if len(calls) == 4:
+            raise OSError("no space left")
+        return log_iteration(*inputs)
+
+    monkeypatch.setattr(script, "log_iteration", failing)
+    with pytest.raises(OSError, match="no space left"):
+        script.train(dataclasses.replace(args, exp_name="crashed"))
+    (path,) = Path("runs").glob("*__crashed__*/agent.pt")
+    assert_same_weights(load(path)["agent"], expected["agent"])
+    assert load(path)["progress"]["global_step"] == expected["progress"]["global_step"] == 192
 
 
 def fail(agent, metrics):
@@ -489,17 +520,14 @@ def test_crash_leaves_the_last_whole_iteration(script, three_iterations, monkeyp
     for name in ("global_step", "iteration", "episodes"):
         assert saved["progress"][name] == expected["progress"][name]
     if error is FloatingPointError:
-        assert "not finite at step 256" in str(caught.value)
+        assert "not finite" in str(caught.value)
+    assert any("after step 192" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        pytest.param(
-            "NanObservation",
-            "obs",
-            marks=pytest.mark.xfail(strict=True, reason="torch.multinomial raises first"),
-        ),
+        ("NanObservation", "obs"),
         ("NanReward", "rewards"),
         ("NanFinal", "next_values"),
     ],
@@ -508,7 +536,7 @@ def test_not_finite_stops_the_run(script, main, flags, toy, in_tmp, name, what):
     code, output, errors = main(*flags(**toy(name)))
     assert code == 1 and output.startswith("run folder ") and output.count("\n") == 1
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("error: not finite at step 64") and what in last
+    assert last.startswith("error: ") and "not finite" in last and "step" in last and what in last
     assert "Traceback" not in errors
     assert not list(in_tmp.glob("runs/*/agent.pt"))
 
@@ -547,6 +575,7 @@ def test_resume_continues_with_the_saved_state(script, half, main, record_update
     assert steps == list(range(64, 513, 64))
 
 
+@ONCE
 def test_resume_replaces_what_was_logged_after_the_checkpoint(half, main):
     """As after a crash: the checkpoint is older than the last events."""
     saved = half.read_bytes()
@@ -557,6 +586,7 @@ def test_resume_replaces_what_was_logged_after_the_checkpoint(half, main):
     assert steps == [64, 128, 192, 256, 320]
 
 
+@ONCE
 def test_resume_draws_new_noise(script, small, toy, main, record_updates):
     """The environments of a resumed run are not those that the run began with."""
     args = dataclasses.replace(small, **toy("Toy"), total_timesteps=64)
@@ -567,6 +597,7 @@ def test_resume_draws_new_noise(script, small, toy, main, record_updates):
     assert not torch.equal(first.actions, second.actions)
 
 
+@ONCE
 @pytest.mark.parametrize(
     ("flags_beside", "rate", "num_envs"),
     [
@@ -608,7 +639,7 @@ def test_critic_learning_rate_beside_resume(half, main, record_updates):
 def test_what_cannot_change_beside_resume_is_refused(half, main, record_updates):
     before = {path: path.read_bytes() for path in half.parent.iterdir()}
     for flags_beside in (
-        ("--no-norm-obs",), ("--hidden-size", 32), ("--exp-name", "other"),
+        ("--no-norm-obs",), ("--hidden-size", 32),
         ("--env-kwargs", "max_episode_steps=3"),
     ):  # fmt: skip
         code, output, errors = main("--resume", half, "--total-timesteps", 512, *flags_beside)
@@ -623,6 +654,6 @@ def test_what_cannot_change_beside_resume_is_refused(half, main, record_updates)
 
 @ONCE
 def test_evaluate_and_resume_exclude_each_other(half, main):
-    code, _, errors = main("--resume", half, "--evaluate", half)
+    code, _, errors = main("--resume", half, "--evaluate", half, "--eval-episodes", 1)
     assert code == 2 and "--evaluate" in errors and "--resume" in errors
     assert errors.count("\n") == 1

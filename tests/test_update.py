@@ -50,12 +50,14 @@ def written_out(agent, optimizer, rollout, advantages, returns, args, kl_coef):
         dict(max_grad_norm=0.1),
         dict(norm_adv=False, max_grad_norm=1e9),
         dict(clip_vloss=True, max_grad_norm=1e9, clip_coef=0.02),
-        pytest.param(dict(surrogate="kl-penalty", max_grad_norm=1e9), marks=WITH_PENALTY),
-        pytest.param(dict(surrogate="kl-penalty", clip_vloss=True), marks=WITH_PENALTY),
+        dict(surrogate="kl-penalty", max_grad_norm=1e9),
+        dict(surrogate="kl-penalty", clip_vloss=True),
     ],
 )
 def test_update_equals_the_one_written_out(script, small, changes):
     """Three steps of plain gradient descent give the same weights."""
+    if "surrogate" in changes and not hasattr(small, "surrogate"):
+        pytest.skip("PPO-Clip alone")
     args = dataclasses.replace(small, **SETTINGS | changes)
     agent, rollout, _ = collect(script, args)
     expected, start = copy.deepcopy(agent), copy.deepcopy(agent)
@@ -95,12 +97,11 @@ def run_update(script, args, monkeypatch, **changes):
     return seen, means, rollout, (advantages, returns), optimizer, agent
 
 
-SURROGATES = ["clip", pytest.param("kl-penalty", marks=WITH_PENALTY)]
-
-
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate", ["clip", "kl-penalty"])
 def test_ratio_is_one_in_the_first_minibatch(script, small, monkeypatch, surrogate):
-    changes = {"surrogate": surrogate} if hasattr(small, "surrogate") else {}
+    if surrogate != "clip" and not hasattr(small, "surrogate"):
+        pytest.skip("PPO-Clip alone")
+    changes = {} if surrogate == "clip" else {"surrogate": surrogate}
     seen, *_ = run_update(script, small, monkeypatch, learning_rate=0.01, **changes)
     (new_logprobs, old_logprobs, *_), metrics = seen[0]
     torch.testing.assert_close(new_logprobs, old_logprobs, rtol=0, atol=1e-5)

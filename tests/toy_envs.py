@@ -1,7 +1,6 @@
 """Environments whose right answers are known, registered under `toy_envs:<Name>-v0`."""
 
 import os
-import random
 import time
 
 import gymnasium as gym
@@ -150,10 +149,10 @@ class Hangs(Toy):
 
 
 class GloballyRandom(Toy):
-    """Its randomness is that of NumPy's and Python's global generators."""
+    """Its randomness is that of NumPy's global generator."""
 
     def reward(self, action):
-        return np.random.random() + random.random()
+        return np.random.random()
 
 
 class ManyBounds(Toy):
@@ -202,12 +201,12 @@ class MatrixActions(Toy):
 
 
 class Staggered(Toy):
-    """Ends after 3 to 7 steps: terminates if the label is even, is truncated if it is odd."""
+    """Ends after 3 to 7 steps, which pay 2 each: the even labels terminate, the odd are cut."""
 
     def step(self, action):
         obs, reward, _, _, info = super().step(action)
         ended, odd = self.steps == 3 + self.label // 2 % 5, bool(self.label % 2)
-        return obs, reward, ended and not odd, ended and odd, info
+        return obs, 2 * reward, ended and not odd, ended and odd, info
 
 
 class BothFlags(Toy):
@@ -322,6 +321,15 @@ class RaisesGymError(Toy):
         return 1.0
 
 
+class CallsWrongly(Toy):
+    """Calls a function of its own, in mid-episode, with an argument that it does not take."""
+
+    def reward(self, action):
+        if self.steps == 3:
+            self.observe(color="red")
+        return 1.0
+
+
 class NeedsModule(Toy):
     """Imports, in mid-episode, a package that is not there."""
 
@@ -348,7 +356,7 @@ def with_box_actions(cls):
 for cls in (
     Staggered, BothFlags, FarAway, TupleObservation, MultiDiscreteObservation, Image, Untidy,
     SequenceObservation, SharesItsArray, OldReset, WrongLength, WrongLengthInDict, WithoutLimit,
-    RaisesInInit, RaisesInReset, RaisesInFirstStep, RaisesGymError, NeedsModule,
+    RaisesInInit, RaisesInReset, RaisesInFirstStep, RaisesGymError, NeedsModule, CallsWrongly,
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
     FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds,
