@@ -1027,6 +1027,7 @@ def save_plot(path, args, progress):
         points = [(point["step"], point[name]) for point in progress.iterations]
         axis.plot(*np.array(points, float).T, marker=".")  # None, no episode ended, is a gap
         axis.set(xlabel="environment steps", ylabel=name.replace("_", " "))
+        axis.locator_params(axis="x", nbins=4)
     axes["episodic_return"].set_title(f"{args.env_id}: episodes, and mean of the last 100")
     figure.savefig(path)
 
