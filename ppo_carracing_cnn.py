@@ -735,7 +735,7 @@ def make_checkpoint(args, agent, optimizer, progress):
     """All that `--resume` and `load_agent` need: plain types, and copies of tensors."""
     settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
     state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = {"script": Args.exp_name, "args": settings, "progress": vars(progress)}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": dict(vars(progress))}
     return checkpoint | copy.deepcopy(state)
 
 

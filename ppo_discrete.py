@@ -569,10 +569,11 @@ def check_args(args):
     refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
     expected = "(observation, reward, terminated, truncated, info), the reward a number"
     refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return {expected}")
-    for obs in (reset[0], step[0]) if isinstance(space, Box) else ():
-        refuse(np.shape(obs) != space.shape, f"{flag}: the observation {obs} is not in {space}")
     refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
     refuse(not isinstance(env.action_space, Discrete), f"{flag}: {env.action_space}, not Discrete")
+    for obs in (env.reset()[0], env.step(env.action_space.sample())[0]):
+        misfit = np.shape(obs) != env.observation_space.shape
+        refuse(misfit, f"{flag}: an observation of shape {np.shape(obs)} is not in {space}")
     if env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
     if len(space.shape or ()) == 3:
@@ -599,7 +600,7 @@ def make_checkpoint(args, agent, optimizer, progress):
     """All that `--resume` and `load_agent` need: plain types, and copies of tensors."""
     settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
     state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = {"script": Args.exp_name, "args": settings, "progress": vars(progress)}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": dict(vars(progress))}
     return checkpoint | copy.deepcopy(state)
 
 

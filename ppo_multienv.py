@@ -145,10 +145,10 @@ def scale_actions(env):
     """
     low, high, dtype = env.action_space.low, env.action_space.high, env.action_space.dtype
     least, most = low.astype(np.float32), high.astype(np.float32)
-    with np.errstate(over="ignore"):  # bounds at the limit of float32 count as none
-        bounded = np.isfinite(most - least)
-    scale = np.where(bounded, high / 2 - low / 2, 1)
-    shift = np.where(bounded, high / 2 + low / 2, 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        bounded = np.isfinite(most - least)  # bounds at the limit of float32 count as none
+        scale = np.where(bounded, high / 2 - low / 2, 1)
+        shift = np.where(bounded, high / 2 + low / 2, 0)
     space = Box(np.where(bounded, -1, least), np.where(bounded, 1, most), dtype=np.float32)
 
     def to_bounds(action):
@@ -824,11 +824,12 @@ def check_args(args):
     refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
     expected = "(observation, reward, terminated, truncated, info), the reward a number"
     refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return {expected}")
-    for obs in (reset[0], step[0]) if isinstance(space, Box) else ():
-        refuse(np.shape(obs) != space.shape, f"{flag}: the observation {obs} is not in {space}")
     refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
     usable = isinstance(env.action_space, Discrete) or is_real_vector(env.action_space)
     refuse(not usable, f"{flag}: {env.action_space} is not Discrete or a Box of real vectors")
+    for obs in (env.reset()[0], env.step(env.action_space.sample())[0]):
+        misfit = np.shape(obs) != env.observation_space.shape
+        refuse(misfit, f"{flag}: an observation of shape {np.shape(obs)} is not in {space}")
     if RANK == 0 and env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
     if RANK == 0 and len(space.shape or ()) == 3:
@@ -855,7 +856,7 @@ def make_checkpoint(args, agent, optimizer, progress):
     """All that `--resume` and `load_agent` need: plain types, and copies of tensors."""
     settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
     state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = {"script": Args.exp_name, "args": settings, "progress": vars(progress)}
+    checkpoint = {"script": Args.exp_name, "args": settings, "progress": dict(vars(progress))}
     return checkpoint | copy.deepcopy(state)
 
 

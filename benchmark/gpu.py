@@ -275,7 +275,7 @@ def training(record, results, seconds, dry):
     steps = 3 * 32 if dry else int(0.9 * rate * budget)
     with record(**split, options=" + ".join(chosen) or "none", planned_steps=steps) as row:
         # In case that it is slower than it was measured to be.
-        timer = threading.Timer(budget, script.stopped.append, [signal.SIGTERM])
+        timer = threading.Timer(budget, os.kill, [os.getpid(), signal.SIGTERM])
         timer.daemon = True
         timer.start()
         with with_options(script, args, chosen), contextlib.suppress(SystemExit):

@@ -166,7 +166,6 @@ def test_checkpoint_moves_between_devices(name, device, tmp_path):
 
 
 @pytest.mark.skipif(not NO_GPU, reason="needs a machine without a GPU")
-@pytest.mark.xfail(strict=True, reason="--evaluate takes --cuda from the checkpoint")
 def test_checkpoint_of_a_gpu_evaluates_without_one(tmp_path, monkeypatch):
     """By `--evaluate` alone, without `--no-cuda`."""
     monkeypatch.chdir(tmp_path)

@@ -95,11 +95,7 @@ def test_without_a_time_limit(main, flags, toy):
         ("OldReset", ["reset", "(observation, info)"]),
         ("OldStep", ["step", "terminated, truncated"]),
         ("WrongLength", ["observation", "(2,)"]),
-        pytest.param(
-            "WrongLengthInDict",
-            ["observation"],
-            marks=pytest.mark.xfail(strict=True, reason="only Box observations are measured"),
-        ),
+        ("WrongLengthInDict", ["observation"]),
         ("SequenceObservation", ["Sequence"]),
     ],
 )
