@@ -1,8 +1,4 @@
-"""Fixtures that the tests of all scripts share.
-
-To add a script: append it to CONVERTED, check its line in SMALL, and remove it from
-tests/old/conftest.py. What only one script does is tested in a file of its own.
-"""
+"""Fixtures of all tests, and the settings of a small run of each script."""
 
 import contextlib
 import dataclasses
@@ -20,7 +16,8 @@ import toy_envs  # noqa: F401
 from gymnasium import spaces
 
 ROOT = Path(__file__).parents[1]
-CONVERTED = ["ppo_discrete", "ppo_continuous", "ppo_multienv"]
+ON_VECTORS = ["ppo_discrete", "ppo_continuous", "ppo_multienv"]
+SCRIPTS = [*ON_VECTORS, "ppo_carracing_cnn"]  # whose tests are in test_carracing.py
 
 # The settings that make a run of 8 iterations of 4 x 16 steps out of each script's defaults.
 FAST = dict(gamma=0.98, gae_lambda=0.9, learning_rate=2e-3, num_minibatches=4, ent_coef=0.0)
@@ -38,18 +35,17 @@ os.environ["SDL_AUDIODRIVER"] = "dummy"
 
 
 def only(*scripts):
-    """A mark: the test is for these scripts, once they are converted."""
-    converted = [script for script in scripts if script in CONVERTED]
-    return pytest.mark.parametrize("script", converted, indirect=True)
+    """A mark: the test is for these scripts."""
+    return pytest.mark.parametrize("script", scripts, indirect=True)
 
 
 ONCE = only("ppo_discrete")  # text that all scripts share, exercised at length in one of them
 WITH_PENALTY = only("ppo_discrete", "ppo_continuous")
 
 
-@pytest.fixture(params=CONVERTED, scope="session")
+@pytest.fixture(params=ON_VECTORS, scope="session")
 def script(request):
-    """Each converted script in turn, as a module."""
+    """Each script in turn, as a module; CarRacing's only where a mark says so."""
     return importlib.import_module(request.param)
 
 

@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
-SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_carracing_cnn", "ppo_multienv"]
 sys.path.insert(0, str(ROOT / "benchmark"))
-import run  # noqa: E402
+import run
 
 
 def test_readme_knows_the_flags():

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS, only
+
+EACH = only(*SCRIPTS)
 
 
+@EACH
 def test_inline_metadata_equals_requirements(script):
     """`uv run` needs what requirements.txt lists, but for pytest."""
     source = Path(script.__file__).read_text()
@@ -20,11 +23,15 @@ def test_inline_metadata_equals_requirements(script):
     assert sorted([*listed, "pytest"]) == sorted(required)
 
 
+@EACH
 def test_a_script_imports_only_what_its_metadata_lists(script):
-    """And the standard library; wandb only when asked for."""
+    """And what comes with these, and the standard library; wandb only when asked for."""
     source = Path(script.__file__).read_text()
     block = source.split("# ///\n")[0]
-    packages = {re.split(r"[\[>]", name)[0] for name in re.findall(r'"(.*)"', block)} | {"PIL"}
+    packages = {re.split(r"[\[>]", name)[0] for name in re.findall(r'"(.*)"', block)} | {
+        "PIL",
+        "pygame",
+    }
     for node in ast.parse(source).body:
         names = [node.module] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -33,6 +40,7 @@ def test_a_script_imports_only_what_its_metadata_lists(script):
             assert top in packages or top in sys.stdlib_module_names, name
 
 
+@EACH
 def test_every_flag_is_explained(main, script):
     """By a comment behind it, which --help shows."""
     code, output, _ = main("--help")
@@ -58,7 +66,7 @@ ALL_RANKS = {  # speak of all processes of torchrun in ppo_multienv.py
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(LINES, 2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(SCRIPTS, 2)))
 def test_shared_text_is_the_same(first, second):
     texts = []
     for name in (first, second):
@@ -78,6 +86,7 @@ def test_shared_text_is_the_same(first, second):
         assert texts[0][name] == texts[1][name], name
 
 
+@EACH
 def test_functions_are_short(script):
     """No function is longer than a screen, of 60 lines."""
     for node in ast.walk(ast.parse(Path(script.__file__).read_text())):
