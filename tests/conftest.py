@@ -5,8 +5,10 @@ import dataclasses
 import importlib
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,3 +208,21 @@ def assert_same_weights(first, second):
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def pytest_collection_finish(session):
+    """Start the dry run of benchmark/gpu.py beside the other tests: it takes half a minute."""
+    if any(item.name == "test_dry_run" for item in session.items):
+        folder = Path(tempfile.mkdtemp())
+        command = [sys.executable, ROOT / "benchmark" / "gpu.py", "--dry-run", folder / "out"]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        session.config.dry_run = subprocess.Popen(command, **pipe), folder
+
+
+@pytest.fixture
+def dry_run(request):
+    """The process of the dry run, and the folder with its folder `out`."""
+    process, folder = request.config.dry_run
+    yield process, folder
+    process.kill()
+    shutil.rmtree(folder)

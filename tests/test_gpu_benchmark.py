@@ -17,10 +17,10 @@ COLUMNS = {
 }
 
 
-def test_dry_run(tmp_path):
-    command = [sys.executable, ROOT / "benchmark" / "gpu.py", "--dry-run", tmp_path / "out"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_dry_run(dry_run):
+    process, tmp_path = dry_run
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
     assert sorted(os.listdir(tmp_path / "out")) == ["gpu.json", "gpu.txt"]
     results = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert results["dry_run"] and results["machine"].keys() >= {"card", "driver", "cores", "torch"}
