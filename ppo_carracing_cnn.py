@@ -784,7 +784,8 @@ def catch_signals():
     def stop(number, _):
         print("\nstopping after this iteration; again to stop at once", flush=True)
         stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)
 
     handlers = {}
     with suppress(ValueError):  # only the main thread handles signals
