@@ -159,6 +159,12 @@ def record_updates(script, monkeypatch):
 
 
 @pytest.fixture
+def no_gif(script, monkeypatch):
+    """A GIF takes seconds, and is looked at in other tests."""
+    monkeypatch.setattr(script, "save_gif", lambda *inputs: None)
+
+
+@pytest.fixture
 def main(script, in_tmp, monkeypatch, capsys):
     """Runs `main` with flags, in this process; returns exit code, standard output and error."""
 

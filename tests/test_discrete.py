@@ -18,13 +18,13 @@ def test_actions_that_count_from_five_are_learned(script, small):
     assert 0 < np.mean(result["random_returns"]) < 10
 
 
-def test_default_command_solves_cartpole(script, in_tmp):
+def test_default_command_solves_cartpole(script, in_tmp, no_gif):
     result = script.train(script.Args(eval_episodes=10))
     assert result["eval_mean"] >= 475 and result["solved"] is True
     assert np.mean(result["random_returns"]) < 40
 
 
-def test_penalty_learns_cartpole(script, in_tmp):
+def test_penalty_learns_cartpole(script, in_tmp, no_gif):
     """A third of the steps of the default run."""
     args = script.Args(surrogate="kl-penalty", total_timesteps=30_000, eval_episodes=10)
     assert script.train(args)["eval_mean"] >= 150

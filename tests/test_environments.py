@@ -47,7 +47,7 @@ def test_observations_of_every_kind_train(main, flags, toy, name):
 
 @ONCE
 @pytest.mark.parametrize(("env_id", "size"), [("FrozenLake-v1", 16), (TAXI, 500)])
-def test_observations_that_are_a_number(script, main, flags, env_id, size):
+def test_observations_that_are_a_number(script, main, flags, no_gif, env_id, size):
     args = flags(**playing(env_id, "max_episode_steps=20"), total_timesteps=64, eval_episodes=2)
     code, output, errors = main(*args)
     assert code == 0 and "over 2 episodes" in output, errors
