@@ -531,6 +531,10 @@ class BadInput(ValueError):
     """Arguments that cannot work, in one sentence."""
 
 
+class NotFinite(FloatingPointError):
+    """A number that training cannot go on with."""
+
+
 def refuse(condition, reason):
     if condition:
         raise BadInput(reason)
@@ -539,6 +543,7 @@ def refuse(condition, reason):
 def check_args(args):
     """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
     batch_size = args.num_envs * args.num_steps
+    refuse(batch_size == 1, "--num-envs times --num-steps must be at least 2, not 1")
     at_least = {"seed": 0, "eval_episodes": 1 if args.evaluate else 0}
     at_most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": batch_size // 2}
     for name, value in vars(args).items():
@@ -593,7 +598,7 @@ def check_finite(**numbers):
     """FloatingPointError if one of the arrays, tensors or floats is not finite."""
     for name, number in numbers.items():
         if not torch.as_tensor(number).isfinite().all():
-            raise FloatingPointError(f"not finite: {name}")
+            raise NotFinite(f"not finite: {name}")
 
 
 def make_checkpoint(args, agent, optimizer, progress):
@@ -647,10 +652,10 @@ def catch_signals():
     stopped = []
 
     def stop(number, _):
-        print("\nstopping after this iteration; again to stop at once", flush=True)
         stopped.append(number)
         for each in handlers:
             signal.signal(each, signal.SIG_DFL)
+        print("\nstopping after this iteration; again to stop at once", flush=True)
 
     handlers = {}
     with suppress(ValueError):  # only the main thread handles signals
@@ -816,7 +821,7 @@ def main() -> None:
     except BadInput as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
-    except FloatingPointError as error:
+    except NotFinite as error:
         sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -244,11 +244,11 @@ class WorkerVectorEnv(VectorEnv):
             for pipe in self.pipes:
                 # In two halves: time in which all was suspended (Ctrl-Z) uses up only one.
                 if not (pipe.poll(self.timeout / 2) or pipe.poll(self.timeout / 2)):
-                    raise ChildProcessError(f"an environment gave no answer in {self.timeout:g} s")
+                    raise WorkerError(f"an environment gave no answer in {self.timeout:g} s")
                 if problem := pipe.recv_bytes().decode():
-                    raise ChildProcessError(problem)
+                    raise WorkerError(problem)
         except (EOFError, ConnectionError):
-            raise ChildProcessError("the process of an environment died") from None
+            raise WorkerError("the process of an environment died") from None
 
     def close_extras(self, **kwargs):
         atexit.unregister(self.close)
@@ -353,7 +353,7 @@ def connection_errors():
         yield
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConnectionError(f"another process of the run is gone or silent: {reason}") from None
+        raise RankError(f"another process of the run is gone or silent: {reason}") from None
 
 
 def layer_init(layer, std=2**0.5):
@@ -578,7 +578,7 @@ def collect_rollout(agent, envs, next_obs, args, device):
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
         if not np.isfinite(next_obs).all():
-            raise FloatingPointError("an observation is not finite")
+            raise NotFinite("an observation is not finite")
         obs[t] = torch.from_numpy(next_obs)
         actions[t] = agent.get_policy(obs[t]).sample()
         outcome = envs.step(actions[t].numpy(force=True))
@@ -778,6 +778,18 @@ class BadInput(ValueError):
     """Arguments that cannot work, in one sentence."""
 
 
+class WorkerError(ChildProcessError):
+    """A worker process died, raised an error or gave no answer."""
+
+
+class RankError(ConnectionError):
+    """Another process of torchrun is gone or silent."""
+
+
+class NotFinite(FloatingPointError):
+    """A number that training cannot go on with."""
+
+
 def refuse(condition, reason):
     if condition:
         raise BadInput(reason)
@@ -786,6 +798,7 @@ def refuse(condition, reason):
 def check_args(args):
     """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
     batch_size = args.num_envs * args.num_steps
+    refuse(batch_size == 1, "--num-envs times --num-steps must be at least 2, not 1")
     at_least = {
         "seed": 0,
         "eval_episodes": 1 if args.evaluate else 0,
@@ -849,7 +862,7 @@ def check_finite(**numbers):
     """FloatingPointError, on all ranks, if one of the tensors or floats is not finite on any."""
     bad = [n for n, number in numbers.items() if not torch.as_tensor(number).isfinite().all()]
     if all_sum(torch.tensor(len(bad))) > 0:
-        raise FloatingPointError(f"not finite: {', '.join(bad) or 'numbers of another process'}")
+        raise NotFinite(f"not finite: {', '.join(bad) or 'numbers of another process'}")
 
 
 def make_checkpoint(args, agent, optimizer, progress):
@@ -903,10 +916,11 @@ def catch_signals():
     stopped = []
 
     def stop(number, _):
-        print("\nstopping after this iteration", flush=True)
         stopped.append(number)
         if "RANK" not in os.environ:  # torchrun itself sends each signal twice
-            signal.signal(number, signal.SIG_DFL)
+            for each in handlers:
+                signal.signal(each, signal.SIG_DFL)
+        print("\nstopping after this iteration", flush=True)
 
     handlers = {}
     with suppress(ValueError):  # only the main thread handles signals
@@ -1074,7 +1088,7 @@ def main() -> None:
             sys.exit(2)
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
-    except (FloatingPointError, ChildProcessError, ConnectionError) as error:
+    except (NotFinite, WorkerError, RankError) as error:
         sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     except KeyboardInterrupt:
         sys.exit(130)
