@@ -1,12 +1,18 @@
-"""Remake the recorded results: train every seed of an environment, keep what came out.
+"""Remake the recorded results; print the tables and draw the curves of all records.
 
-    python benchmark/run.py CartPole-v1                   # train its seeds, one after the other
-    python benchmark/run.py BipedalWalker-v3 --at-once 3  # side by side
-    python benchmark/run.py                               # tables and curves of all records
+    python benchmark/run.py CartPole-v1                   # train all seeds, replace their records
+    python benchmark/run.py HalfCheetah-v5 --seeds 1 2    # or these; the others stay
+    python benchmark/run.py BipedalWalker-v3 --at-once 2  # two seeds side by side
+    python benchmark/run.py                               # tables and curves, without training
 
-For each seed, `benchmark/<name>/seed<seed>.json` is the run's result.json. `agent.pt` (to evaluate,
-not to resume), `training.png` and `agent.gif` are those of the seed whose mean return is the
-median, of two the better one. (`sb3.json` is of benchmark/sb3.py.)
+A run takes, on one core: classic control half a minute or less at 100k steps and one to two minutes
+at 1M, LunarLander two minutes, a MuJoCo task three to ten minutes, BipedalWalker a quarter of an
+hour; CarRacing takes an hour on two cores. `python benchmark/sb3.py ROW` does the same for
+Stable-Baselines3.
+
+`benchmark/<row>/seed<seed>.json` holds what a run's result.json does, with a thinned curve and the
+commit. As soon as all seeds are there, `agent.pt` is the checkpoint of the one whose mean return is
+the median, without optimizer state: it can be evaluated, not resumed.
 """
 
 import argparse
@@ -27,97 +33,124 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).parents[1]
+FIVE, THREE = (1, 2, 3, 4, 5), (1, 2, 3)
+WITH_GIF = ("CartPole-v1", "LunarLander-v3", "BipedalWalker-v3", "CarRacing-v3")
 
-# name of the row: seeds, command
-ROWS = {
-    "CartPole-v1": (range(1, 6), "ppo_discrete.py"),
-    "CartPole-v1-kl-penalty": (range(1, 6), "ppo_discrete.py --surrogate kl-penalty"),
+# name of the row: seeds, command. The steps are those of the rl-zoo's recipe for the task.
+CLASSIC = {
+    "CartPole-v1": (FIVE, "ppo_discrete.py"),
+    "CartPole-v1-kl-penalty": (FIVE, "ppo_discrete.py --surrogate kl-penalty"),
     "Acrobot-v1": (
-        range(1, 4),
+        FIVE,
         "ppo_discrete.py --env-id Acrobot-v1 --norm-obs --total-timesteps 1000000 --num-steps 64 "
         "--num-minibatches 8 --update-epochs 10 --gamma 0.99 --gae-lambda 0.95 --ent-coef 0.01",
     ),
     "MountainCar-v0": (
-        range(1, 4),
+        FIVE,
         "ppo_discrete.py --env-id MountainCar-v0 --norm-obs --total-timesteps 1000000 "
         "--num-steps 128 --num-minibatches 16 --update-epochs 10 --learning-rate 1e-3 "
         "--gamma 0.99 --gae-lambda 0.98",
     ),
-    "LunarLander-v3": (
-        range(1, 4),
-        "ppo_discrete.py --env-id LunarLander-v3 --norm-obs --total-timesteps 2000000 "
-        "--num-steps 512 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
-        "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
-    ),
     "Pendulum-v1": (
-        range(1, 4),
-        "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 500000 --num-envs 16 "
+        FIVE,
+        "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 100000 --num-envs 16 "
         "--num-steps 200 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95 "
         "--gae-lambda 0.95 --ent-coef 0",
     ),
     "MountainCarContinuous-v0": (
-        range(1, 4),
-        "ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 500000 "
+        FIVE,
+        "ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 20000 "
         "--num-steps 256 --num-minibatches 32 --learning-rate 1e-3 --gamma 0.999 "
         "--gae-lambda 0.98 --ent-coef 0 --log-std-init 1.1",
     ),
-    "LunarLanderContinuous": (
-        range(1, 4),
-        "ppo_continuous.py --env-id LunarLander-v3 --env-kwargs continuous=True "
-        "--total-timesteps 4000000 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
+}
+BOX2D = {
+    "LunarLander-v3": (
+        FIVE,
+        "ppo_discrete.py --env-id LunarLander-v3 --norm-obs --total-timesteps 1000000 "
+        "--num-steps 512 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
+        "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
+    ),
+    "LunarLander-v3-multienv": (FIVE, "ppo_multienv.py"),
+    "LunarLanderContinuous-v3": (
+        FIVE,
+        "ppo_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 1000000 "
+        "--num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
         "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0",
     ),
-    "BipedalWalker-v3": (range(1, 4), "ppo_continuous.py"),
-    "BipedalWalkerHardcore-v3": (
-        range(1, 2),
-        "ppo_continuous.py --env-id BipedalWalkerHardcore-v3 --total-timesteps 16000000 "
-        "--num-envs 64 --num-steps 256 --learning-rate 3e-4 --gamma 0.995 --gae-lambda 0.9 "
-        "--ent-coef 0.005 --target-kl 0.02",
-    ),
-    "CarRacing-v3": (range(1, 3), "ppo_carracing_cnn.py"),
-    "LunarLander-v3-multienv": (range(1, 4), "ppo_multienv.py"),
+    "BipedalWalker-v3": (THREE, "ppo_continuous.py"),
 }
+# One set of flags for all tasks of MuJoCo.
+MUJOCO_FLAGS = (
+    "--total-timesteps 1000000 --num-envs 64 --num-steps 32 --num-minibatches 32 "
+    "--learning-rate 3e-4 --gae-lambda 0.95 --ent-coef 0 --log-std-init -0.5"
+)
+TASKS = (
+    "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5", "Humanoid-v5",
+    "Reacher-v5", "InvertedPendulum-v5", "InvertedDoublePendulum-v5",
+)  # fmt: skip
+MUJOCO = {task: (FIVE, f"ppo_continuous.py --env-id {task} {MUJOCO_FLAGS}") for task in TASKS}
+CARRACING = {"CarRacing-v3": (THREE, "ppo_carracing_cnn.py")}
+ROWS = CLASSIC | BOX2D | CARRACING | MUJOCO
 
-# What others have published: CleanRL, the rl-zoo, the best known of any kind.
+# Best published PPO after 1M steps, of versions v2 to v4, and SLM-Lab's on v5 after 4M to 10M.
+# (Tianshou; HalfCheetah rl-zoo; Walker2d ikostrikov; Swimmer rl-zoo with a gamma of its own.)
 PUBLISHED = {
-    "CartPole-v1": ("490 (500k)", "500.0 (100k)", "500"),
-    "Acrobot-v1": ("-86.4", "-73.5 (1M)", ""),
-    "MountainCar-v0": ("-200", "-110.4 (1M)", ""),
-    "LunarLander-v3": ("", "242 (1M)", ""),
-    "Pendulum-v1": ("-1142", "-172 (100k)", "-151"),
-    "MountainCarContinuous-v0": ("", "88.3 (20k)", "96.7"),
-    "LunarLanderContinuous": ("", "271 (1M)", "284"),
-    "BipedalWalker-v3": ("172", "288 (5M)", "335; 313 by PPO"),
-    "BipedalWalkerHardcore-v3": ("", "122 (100M)", "235"),
-    "CarRacing-v3": ("", "about 430", "914 (another version), 897.7"),
-}
+    "HalfCheetah-v5": ("5,819", "6,241"), "Hopper-v5": ("2,609", "1,654"),
+    "Walker2d-v5": ("4,000", "4,379"), "Ant-v5": ("3,258 (v3: no contact cost)", "2,138"),
+    "Swimmer-v5": ("120; 282 with gamma 0.9999", "282 (gamma tuned)"),
+    "Humanoid-v5": ("787", "2,661"), "Reacher-v5": ("-4.1", "-5.0"),
+    "InvertedPendulum-v5": ("1,000", "950"), "InvertedDoublePendulum-v5": ("9,231", "8,384"),
+}  # fmt: skip
 
 
-def train(name, at_once):
-    """Run the row's command with each of its seeds; record results and the median's checkpoint."""
-    seeds, command = ROWS[name]
+def train(name, seeds, at_once):
+    """Run the row's command with these seeds; record results and the median's checkpoint."""
     folder = ROOT / "benchmark" / name
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(at_once) as pool:
-        run_dirs = list(pool.map(lambda seed: train_seed(command, seed, scratch), seeds))
-        results = []
-        for seed, run_dir in zip(seeds, run_dirs, strict=True):
-            result = json.loads((run_dir / "result.json").read_text())
-            if name == "CarRacing-v3":
-                result |= evaluate_stock(run_dir, result["threshold"])
-            (folder / f"seed{seed}.json").write_text(json.dumps(result) + "\n")
-            results.append((result["eval_mean"], seed, run_dir))
-        _, _, median = sorted(results)[len(results) // 2]
-        keep(median, folder)
+        list(pool.map(lambda seed: train_seed(name, seed, scratch), seeds))
+    means = {result["args"]["seed"]: result["eval_mean"] for result in records(name)}
+    if len(means) == len(ROWS[name][0]):
+        median = sorted(means, key=means.get)[len(means) // 2]
+        for kind in ("pt", "gif") if name not in CARRACING else ("gif",):
+            for file in folder.glob(f"seed*.{kind}"):
+                if file.stem == f"seed{median}":
+                    file.replace(folder / f"agent.{kind}")
+                file.unlink(missing_ok=True)
 
 
-def train_seed(command, seed, scratch):
-    """Run the command; the run's folder."""
+def train_seed(name, seed, scratch):
+    """Run the command with one seed, and record it."""
+    folder, command = ROOT / "benchmark" / name, ROWS[name][1]
     script, *flags = command.split()
     line = [sys.executable, ROOT / script, *flags, "--seed", str(seed)]
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     output = subprocess.run(line, cwd=scratch, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(f"{command} --seed {seed}", output, sep="\n", flush=True)
-    return Path(scratch, re.search("run folder (.*)", output)[1])
+    run_dir = Path(scratch, re.search("run folder (.*)", output)[1])
+    result = json.loads((run_dir / "result.json").read_text())
+    if name in CARRACING:
+        result |= evaluate_stock(run_dir, result["threshold"])
+    result["curve"] = thin(result["curve"])
+    result |= {"commit": commit.strip(), "run_dir": run_dir.name}
+    (folder / f"seed{seed}.json").write_text(json.dumps(result) + "\n")
+    checkpoint = torch.load(run_dir / "agent.pt", weights_only=True)
+    checkpoint["progress"] = {"global_step": checkpoint["progress"]["global_step"]}
+    torch.save(checkpoint | {"optimizer": None}, folder / f"seed{seed}.pt")
+    if name in WITH_GIF:
+        shutil.copy(run_dir / "agent.gif", folder / f"seed{seed}.gif")
+
+
+def thin(curve):
+    """About 100 points of the curve, with as many digits as a picture needs."""
+    points = zip(curve["step"], curve["seconds"], curve["episodic_return"], strict=True)
+    points = [point for point in points if point[2] is not None]
+    points = points[:: -(-len(points) // 100) or 1] + points[-1:]
+    steps, seconds, returns = zip(*points, strict=True)
+    rounded = {"seconds": [round(x, 1) for x in seconds], "step": steps}
+    return rounded | {"episodic_return": [float(f"{x:.5g}") for x in returns]}
 
 
 def evaluate_stock(run_dir, threshold):
@@ -134,107 +167,126 @@ def evaluate_stock(run_dir, threshold):
     return outcome | {"solved": mean >= threshold}
 
 
-def keep(run_dir, folder):
-    """Keep a run's plot, its GIF, and of its checkpoint what evaluation needs."""
-    for file in ("training.png", "agent.gif"):
-        shutil.copy(run_dir / file, folder / file)
-    checkpoint = torch.load(run_dir / "agent.pt", weights_only=True)
-    checkpoint["progress"] |= {"episodes": [], "iterations": []}
-    torch.save(checkpoint | {"optimizer": None}, folder / "agent.pt")
+def records(name):
+    """The recorded results of the row's seeds; of ours, those that were trained with its steps."""
+    files = [ROOT / "benchmark" / name / f"seed{seed}.json" for seed in ROWS[name][0]]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    return [result for result in results if "commit" in result]
 
 
-def records():
-    """The results of every row all of whose seeds are recorded, by its name."""
-    rows = {}
-    for name, (seeds, _) in ROWS.items():
-        files = [ROOT / "benchmark" / name / f"seed{seed}.json" for seed in seeds]
-        if all(file.exists() for file in files):
-            rows[name] = [json.loads(file.read_text()) for file in files]
-    return rows
+def sb3_records(name):
+    """The recorded results of Stable-Baselines3."""
+    file = ROOT / "benchmark" / name.removesuffix("-multienv") / "sb3.json"
+    return json.loads(file.read_text()) if file.exists() and "kl-penalty" not in name else []
 
 
-def comparison():
-    """Print ours beside Stable-Baselines3's, trained here too, and what others have published."""
-    print(
-        "| environment | ours | Stable-Baselines3, rl-zoo's recipe | published: rl-zoo | CleanRL | "
-        "best known of any kind | threshold |"
-    )
-    print("|" + " --- |" * 7)
-    for name, results in records().items():
-        folder = ROOT / "benchmark" / name.removesuffix("-multienv")
-        file = folder / "sb3.json"
-        theirs = outcome(json.loads(file.read_text())) if file.exists() else ""
-        cleanrl, zoo, best = PUBLISHED.get(folder.name, ("", "", ""))
-        threshold = "" if results[0]["threshold"] is None else f"{results[0]['threshold']:g}"
-        columns = [name, outcome(results), theirs, zoo, cleanrl, best, threshold]
-        print("| " + " | ".join(columns) + " |")
+def difference(ours, theirs):
+    """Difference of the means, its 95% bootstrap interval over seeds, and what follows from it."""
+    rng = np.random.default_rng(0)
+    ours, theirs = (np.array([result["eval_mean"] for result in each]) for each in (ours, theirs))
+    draws = [rng.choice(each, (10_000, len(each))).mean(1) for each in (ours, theirs)]
+    low, high = np.percentile(draws[0] - draws[1], (2.5, 97.5))
+    verdict = "ahead" if low > 0 else "behind" if high < 0 else "level"
+    return f"{ours.mean() - theirs.mean():+.1f} [{low:+.1f}, {high:+.1f}]", verdict
 
 
 def outcome(results):
-    """The mean of the seeds' means, their deviation, the steps, the median seconds of learning."""
+    """The mean of the seeds' means, and their standard deviation."""
     means = [result["eval_mean"] for result in results]
-    seconds = np.median([result["learning_seconds"] for result in results])
-    args = results[0].get("args", {})
-    steps = args.get("total_timesteps", float(f"{results[0]['global_step']:.2g}"))
-    steps = EngFormatter(places=0, sep="")(steps)
-    seeds = f"± {np.std(means, ddof=1):.1f} ({len(means)} seeds" if len(means) > 1 else "(1 seed"
-    return f"{np.mean(means):.1f} {seeds}, {steps}, {seconds:.0f} s)"
+    deviation = f" ± {np.std(means, ddof=1):,.1f}" if len(means) > 1 else ""
+    return f"{np.mean(means):,.1f}{deviation} ({len(means)})" if means else ""
+
+
+def comparison():
+    """Print ours beside Stable-Baselines3's after as many steps."""
+    print("| environment | steps | ours | SB3, rl-zoo's recipe | difference, 95% interval | |")
+    print("|" + " --- |" * 6)
+    for name in CLASSIC | BOX2D:
+        ours, theirs = records(name), sb3_records(name)
+        if ours:
+            steps = EngFormatter(places=0, sep="")(ours[0]["args"]["total_timesteps"])
+            compared = difference(ours, theirs) if theirs else ("", "")
+            print(f"| {' | '.join([name, steps, outcome(ours), outcome(theirs), *compared])} |")
+
+
+def mujoco():
+    """Print ours on MuJoCo beside Stable-Baselines3's and what others have published."""
+    print("| task | ours | SB3, defaults | best published, v2 to v4 | SLM-Lab, v5, 4M to 10M |")
+    print("|" + " --- |" * 5)
+    for name in MUJOCO:
+        columns = [name, outcome(records(name)), outcome(sb3_records(name)), *PUBLISHED[name]]
+        print(f"| {' | '.join(columns)} |")
 
 
 def table():
-    """Print a row for every environment that has records."""
-    print("| environment | mean ± std of each seed | steps | learning | all | command |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, results in records().items():
-        means = ", ".join(f"{r['eval_mean']:.1f} ± {r['eval_std']:.1f}" for r in results)
-        learning, wall = (
-            f"{min(r[key] for r in results):.0f} to {max(r[key] for r in results):.0f} s"
-            for key in ("learning_seconds", "wall_seconds")
-        )
-        step = f"{results[0]['global_step']:,}"
-        print(f"| {name} | {means} | {step} | {learning} | {wall} | `python {ROWS[name][1]}` |")
+    """Print every seed of every row."""
+    print("| row | mean ± standard deviation over 100 episodes, of each seed | seconds |")
+    print("|" + " --- |" * 3)
+    for name in ROWS:
+        if results := records(name):
+            means = ", ".join(f"{r['eval_mean']:,.1f} ± {r['eval_std']:,.1f}" for r in results)
+            seconds = [result["learning_seconds"] for result in results]
+            print(f"| {name} | {means} | {min(seconds):.0f} to {max(seconds):.0f} |")
+        if results := sb3_records(name) if not name.endswith("-multienv") else []:
+            means = ", ".join(f"{r['eval_mean']:,.1f} ± {r['eval_std']:,.1f}" for r in results)
+            seconds = [result["learning_seconds"] for result in results]
+            print(f"| {name}, SB3 | {means} | {min(seconds):.0f} to {max(seconds):.0f} |")
 
 
-def draw_curves(path):
-    """Draw training's return over steps and over seconds: mean and range over the seeds."""
-    rows = {name: results for name, results in records().items() if "curve" in results[0]}
-    lines = math.ceil(len(rows) / 2)
-    figure = Figure(figsize=(18, 3 * lines), layout="constrained")
-    grid = figure.subplots(lines, 4, squeeze=False).reshape(-1, 2)
-    for axes, (name, results) in zip(grid, rows.items(), strict=False):
-        for axis, key in zip(axes, ("step", "seconds"), strict=True):
-            curves = []
-            for result in results:
-                x, y = (np.array(result["curve"][n], float) for n in (key, "episodic_return"))
-                curves.append((x[~np.isnan(y)], y[~np.isnan(y)]))  # nan: no episode has ended yet
-            first = max(x[0] for x, _ in curves)
-            last = min(x[-1] for x, _ in curves)
-            grid_x = np.linspace(first, last, 300)  # where all seeds have returns
-            returns = np.stack([np.interp(grid_x, x, y) for x, y in curves])
-            axis.fill_between(grid_x, returns.min(0), returns.max(0), alpha=0.3)
-            axis.plot(grid_x, returns.mean(0))
-            if results[0]["threshold"] is not None:
-                axis.axhline(results[0]["threshold"], color="black", linestyle="--")
-            axis.set(title=f"{name}, seeds: {len(results)}", xlabel=key)
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axis.grid(alpha=0.3)
-        axes[0].set(xlabel="environment steps", ylabel="return, last 100 episodes")
-        axes[1].set(xlabel="seconds of learning")
-    for axis in grid[len(rows) :].flat:
+def commands():
+    """Print the command of every row."""
+    print("| row | command |")
+    print("|" + " --- |" * 2)
+    for name, (_, command) in ROWS.items():
+        print(f"| {name} | `python {command}` |")
+
+
+def draw_curves(path, rows):
+    """Draw training's return over steps, mean and range over the seeds, a small panel a row."""
+    rows = {name: results for name in rows if (results := records(name))}
+    lines = math.ceil(len(rows) / 3)
+    figure = Figure(figsize=(10, 2.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, 3, squeeze=False).flat
+    for axis, (name, results) in zip(panels, rows.items(), strict=False):
+        for label, color, group in (("ours", "C0", results), ("SB3", "C1", sb3_records(name))):
+            curves = [result["curve"] for result in group if "curve" in result]
+            if curves:
+                steps = np.linspace(
+                    max(curve["step"][0] for curve in curves),
+                    min(curve["step"][-1] for curve in curves),
+                    200,
+                )
+                returns = [np.interp(steps, c["step"], c["episodic_return"]) for c in curves]
+                least, mean, most = (f(returns, axis=0) for f in (np.min, np.mean, np.max))
+                axis.fill_between(steps, least, most, color=color, alpha=0.25, linewidth=0)
+                axis.plot(steps, mean, color=color, label=f"{label}, {len(curves)} seeds")
+        if results[0]["threshold"] is not None:
+            axis.axhline(results[0]["threshold"], color="gray", linestyle=":")
+        axis.set_title(name, fontsize=10)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.legend(fontsize=8, loc="lower right")
+        axis.grid(alpha=0.3)
+    for axis in list(figure.axes)[len(rows) :]:
         axis.set_axis_off()
-    figure.savefig(path, dpi=80)
+    figure.supxlabel("environment steps", fontsize=10)
+    figure.supylabel("return, mean of the last 100 episodes", fontsize=10)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", metavar="row", help=", ".join(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of all seeds of the row")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="seeds side by side")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     for row in args.rows:
-        train(row, args.at_once)
-    comparison()
-    print()
-    table()
-    draw_curves(ROOT / "benchmark" / "curves.png")
+        train(row, args.seeds or ROWS[row][0], args.at_once)
+    for print_table in (comparison, mujoco, table, commands):
+        print_table()
+        print()
+    draw_curves(ROOT / "benchmark" / "curves.png", CLASSIC | BOX2D | CARRACING)
+    draw_curves(ROOT / "benchmark" / "mujoco.png", MUJOCO)

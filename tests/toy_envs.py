@@ -39,6 +39,15 @@ class Endless(Toy):
         return np.ones(2, np.float32)
 
 
+class TwoChoices(Toy):
+    """Pays 1 for each of two choices that is right."""
+
+    action_space = spaces.MultiDiscrete([2, 3])
+
+    def reward(self, action):
+        return float(np.sum(action == (1, 2)))
+
+
 class Terminating(Toy):
     """Terminates after 7 steps."""
 
@@ -359,7 +368,7 @@ for cls in (
     RaisesInInit, RaisesInReset, RaisesInFirstStep, RaisesGymError, NeedsModule, CallsWrongly,
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
-    FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds,
+    FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds, TwoChoices,
 ):  # fmt: skip
     limit = None if cls is WithoutLimit else 10
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
