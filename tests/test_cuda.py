@@ -143,7 +143,7 @@ def check_checkpoint(name, device, folder):
 
             resumed = dataclasses.replace(args, resume=path, total_timesteps=48)
             result = script.train(resumed)
-            assert result["global_step"] == 48 and result["resumes"] == 1
+            assert result["global_step"] == 48
             later, saved = script.load_agent(path, "cpu")
             assert saved.cuda == (second == "cuda")
             same = [

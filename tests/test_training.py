@@ -297,7 +297,7 @@ def test_files_of_a_run(script, trained):
     env_id = trained.result["run_dir"].split("/")[1].split("__")
     assert env_id[1:3] == [script.__name__, "1"]
     gif = script.Image.open(trained.folder / "agent.gif")
-    assert gif.n_frames > 1 and gif.width > gif.height, "two agents, side by side"
+    assert gif.n_frames > 1 and gif.width > 100, "the trained agent's frames"
     assert script.Image.open(trained.folder / "training.png").size == (1200, 700)
 
 
