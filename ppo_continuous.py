@@ -40,7 +40,7 @@ import signal
 import sys
 import time
 from collections import defaultdict, namedtuple
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,9 +156,8 @@ class PlainEnv(gym.Wrapper):
 def make_vector_env(args: Args, training: bool = True, render_mode=None) -> VectorEnv:
     """`args.num_envs` environments that step together (detail 1).
 
-    SAME_STEP: the step that ends an episode returns the first observation of the next one, and the
-    final one in `infos["final_obs"]`, so that every stored transition is real. (In Gymnasium's
-    default mode, a phantom step whose action is ignored follows each episode.)
+    SAME_STEP: the step that ends an episode returns the next one's first observation, and the final
+    one in `infos`. (In Gymnasium's default mode, a phantom step follows each episode.)
     """
     env_fns = [lambda: make_env(args, training, render_mode)] * args.num_envs
     return SyncVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -167,8 +166,7 @@ def make_vector_env(args: Args, training: bool = True, render_mode=None) -> Vect
 def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
     """Start episodes, with all random generators seeded by (seed, iteration).
 
-    Gymnasium's `reset(seed=s)` seeds environment i with s + i, so that runs with neighboring seeds
-    share most of their environments. Here each environment of each run has a seed of its own.
+    Each environment of each run has a seed of its own; s + i would be shared by neighboring runs.
     """
     rng = np.random.default_rng([args.seed, iteration])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -194,8 +192,7 @@ def make_mlp(num_inputs, num_outputs, hidden_size, std):
 class ObservationNormalizer(nn.Module):
     """Normalizes by running mean and variance, and clips to [-10, 10] (cont. 6, 7).
 
-    Updated once per iteration, after the policy update; before the first update, observations are
-    returned as they are. The moments are buffers, saved with the agent's weights.
+    Updated once per iteration, after the policy; before the first update it changes nothing.
     """
 
     def __init__(self, obs_dim):
@@ -291,14 +288,12 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     All tensors are (num_steps, num_envs); inputs are not modified.
 
     Args:
-        rewards: r_t.
-        values: V(s_t).
+        rewards, values: r_t, V(s_t).
         next_values: V of the observation that the action at t led to: V(s_{t+1}) inside an episode,
             V(final observation) where it was truncated. Not used where it terminated.
         terminations: whether the episode reached a terminal state.
         truncations: whether the episode was cut, by a time limit for instance, so that what would
             have followed is bootstrapped (time limits). If both are set, it terminated.
-        gamma, gae_lambda: discount factor, lambda.
 
     Returns:
         (advantages, returns): A_t, and A_t + V(s_t), the targets of the value function.
@@ -314,26 +309,18 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
     return advantages, advantages + values
 
 
-def ppo_loss(
-    new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy,
-    clip_coef=0.2, vf_coef=0.5, ent_coef=0.01, clip_vloss=False,
-):  # fmt: skip
+def ppo_loss(new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy,
+             clip_coef=0.2, vf_coef=0.5, ent_coef=0.01, clip_vloss=False):  # fmt: skip
     """PPO-Clip, PPO eq. 9: -L^CLIP + c_1 L^VF - c_2 S (detail 10).
 
-    All tensors are (batch,). ValueError for other shapes: (batch, 1) would broadcast to
-    (batch, batch).
-
-    Args:
-        new_logprobs, new_values, entropy: of the agent being trained.
-        old_logprobs, old_values: of the agent that collected the rollout.
-        advantages, returns: from `compute_gae`.
-        clip_coef, vf_coef, ent_coef: epsilon, c_1, c_2.
-        clip_vloss: clip the value loss, too (detail 9).
+    All tensors are (batch,); ValueError for other shapes, which would broadcast. `new_...` and
+    `entropy` are of the agent being trained, `old_...` of the one that collected the rollout;
+    clip_coef, vf_coef, ent_coef are epsilon, c_1, c_2; clip_vloss clips the value loss (detail 9).
 
     Returns:
         (loss, metrics): a scalar to minimize, and a dict of detached scalars.
     """
-    check_shapes(new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy)
+    check_1d(new_logprobs, old_logprobs, advantages, new_values, old_values, returns, entropy)
     log_ratio = new_logprobs - old_logprobs
     ratio = log_ratio.exp()  # PPO eq. 6: r_t = pi(a_t|s_t) / pi_old(a_t|s_t)
     # PPO eq. 7: L^CLIP = E[min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon) A_t)] (detail 8).
@@ -344,17 +331,15 @@ def ppo_loss(
     return loss, loss_metrics(policy_loss, value_loss, entropy, log_ratio, clip_coef)
 
 
-def ppo_penalty_loss(
-    new_logprobs, old_logprobs, advantages, kl, new_values, old_values, returns, entropy,
-    kl_coef, vf_coef=0.5, ent_coef=0.01, clip_vloss=False, clip_coef=0.2,
-):  # fmt: skip
+def ppo_penalty_loss(new_logprobs, old_logprobs, advantages, kl, new_values, old_values, returns,
+                     entropy, kl_coef, vf_coef=0.5, ent_coef=0.01, clip_vloss=False,
+                     clip_coef=0.2):  # fmt: skip
     """PPO-Penalty: `ppo_loss` with L^KLPEN (PPO eq. 8) in place of L^CLIP.
 
     `kl` (batch,) is KL(pi_old(.|s) || pi(.|s)), `kl_coef` is beta. `clip_coef` is only used for
     `clip_vloss` and for the metric clipfrac.
     """
-    check_shapes(new_logprobs, old_logprobs, advantages, kl)
-    check_shapes(new_logprobs, new_values, old_values, returns, entropy)
+    check_1d(new_logprobs, old_logprobs, advantages, kl, new_values, old_values, returns, entropy)
     log_ratio = new_logprobs - old_logprobs
     # PPO eq. 8: L^KLPEN = E[r_t A_t - beta KL(pi_old || pi)].
     policy_loss = -(log_ratio.exp() * advantages - kl_coef * kl).mean()
@@ -388,8 +373,8 @@ def loss_metrics(policy_loss, value_loss, entropy, log_ratio, clip_coef):
     return {name: metric.detach() for name, metric in metrics.items()}
 
 
-def check_shapes(*tensors):
-    """Raise ValueError unless all tensors are (batch,)."""
+def check_1d(*tensors):
+    """ValueError unless all tensors are (batch,)."""
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1 or tensors[0].ndim != 1:
         raise ValueError(f"all tensors must be of one shape (batch,), not {sorted(shapes)}")
@@ -403,13 +388,10 @@ Rollout = namedtuple(
 
 @torch.no_grad()
 def collect_rollout(agent, envs, next_obs, args, device):
-    """Collect `args.num_steps` transitions from each environment.
+    """Collect `args.num_steps` transitions from each environment: (rollout, next_obs).
 
     `next_obs` (num_envs, obs_dim) is what `envs.reset` or the previous rollout returned. ValueError
     if `envs` is not in autoreset mode SAME_STEP.
-
-    Returns:
-        (rollout, next_obs)
     """
     if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
         raise ValueError("envs must be made with autoreset_mode=AutoresetMode.SAME_STEP")
@@ -440,13 +422,12 @@ def collect_rollout(agent, envs, next_obs, args, device):
 def update(agent, optimizer, rollout, advantages, returns, args, kl_coef=1.0):
     """`args.update_epochs` epochs of minibatch steps, each in a new order (detail 6).
 
-    Returns:
-        the mean of each metric over the minibatches, floats. PPO-Penalty adds "kl", the mean
-        KL(pi_old || pi) after the last step, and "kl_coef".
+    Returns the mean of each metric over the minibatches, floats. PPO-Penalty adds "kl", the mean
+    KL(pi_old || pi) after the last step, and "kl_coef".
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
-    old_agent, history = copy.deepcopy(agent) if args.surrogate == "kl-penalty" else None, []
+    old_agent, history = copy.deepcopy(agent).requires_grad_(False), []  # pi_old
     for mb in minibatches(len(obs), args, obs.device):
         policy, new_values = agent(obs[mb])
         new_logprobs, mb_advantages = policy.log_prob(actions[mb]), advantages[mb]
@@ -457,16 +438,13 @@ def update(agent, optimizer, rollout, advantages, returns, args, kl_coef=1.0):
         if args.surrogate == "clip":
             loss, metrics = ppo_loss(
                 new_logprobs, logprobs[mb], mb_advantages, new_values, values[mb], returns[mb],
-                entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
-            )  # fmt: skip
+                entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss)  # fmt: skip
         else:
-            with torch.no_grad():
-                old_policy = old_agent.get_policy(obs[mb])
-            kl = kl_divergence(old_policy, policy)
+            kl = kl_divergence(old_agent.get_policy(obs[mb]), policy)
             loss, metrics = ppo_penalty_loss(
                 new_logprobs, logprobs[mb], mb_advantages, kl, new_values, values[mb], returns[mb],
-                entropy, kl_coef, args.vf_coef, args.ent_coef, args.clip_vloss, args.clip_coef,
-            )  # fmt: skip
+                entropy, kl_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
+                args.clip_coef)  # fmt: skip
         history.append(metrics)
         if args.surrogate == "clip" and args.target_kl is not None:
             if metrics["approx_kl"] > 1.5 * args.target_kl:
@@ -500,14 +478,12 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     envs = make_vector_env(args)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = Agent(obs_space, action_space, args.norm_obs, args.hidden_size, args.log_std_init).to(
-        device
-    )
+    spaces = envs.single_observation_space, envs.single_action_space
+    agent = Agent(*spaces, args.norm_obs, args.hidden_size, args.log_std_init).to(device)
     lr, critic_lr = args.learning_rate, args.critic_learning_rate
-    learning_rates = [lr, lr if critic_lr is None else critic_lr]
+    critic_lr = lr if critic_lr is None else critic_lr
     actor, critic = [*agent.actor.parameters(), agent.log_std], agent.critic.parameters()
-    groups = [{"params": actor}, {"params": critic}]
+    groups = [{"params": actor, "initial_lr": lr}, {"params": critic, "initial_lr": critic_lr}]
     optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)  # detail 3
     progress = start_progress(args, agent, optimizer)
     next_obs, kl_coef = reset_envs(envs, args, progress.iteration), args.kl_coef
@@ -518,10 +494,9 @@ def train(args: Args) -> dict:
         while progress.global_step < total_steps and not stopped:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0
-            for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-                group["lr"] = remaining * learning_rate  # detail 4
+            for group in optimizer.param_groups:
+                group["lr"] = remaining * group["initial_lr"]  # detail 4
             rollout, next_obs = collect_rollout(agent, envs, next_obs, args, device)
-            check_finite(**rollout._asdict())
             rewards = rollout.rewards
             if args.norm_reward:
                 dones = rollout.terminations | rollout.truncations
@@ -529,10 +504,9 @@ def train(args: Args) -> dict:
                 rewards = agent.scale_rewards(rewards)
             advantages, returns = compute_gae(
                 rewards, rollout.values, rollout.next_values, rollout.terminations,
-                rollout.truncations, args.gamma, args.gae_lambda,
-            )  # fmt: skip
+                rollout.truncations, args.gamma, args.gae_lambda)  # fmt: skip
             metrics = update(agent, optimizer, rollout, advantages, returns, args, kl_coef)
-            check_finite(**metrics, **agent.state_dict())
+            check_finite(**rollout._asdict(), **metrics, **agent.state_dict())
             if args.surrogate == "kl-penalty":
                 kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], args.target_kl or 0.01)
             if args.norm_obs:
@@ -541,12 +515,11 @@ def train(args: Args) -> dict:
             progress.global_step += batch_size
             progress.learning_seconds += time.perf_counter() - started
             log_iteration(run, progress, rollout, metrics, optimizer)
-            current_args = replace(args, kl_coef=kl_coef)
-            run.checkpoint = make_checkpoint(current_args, agent, optimizer, progress)
+            run.checkpoint = snapshot(replace(args, kl_coef=kl_coef), agent, optimizer, progress)
             if progress.iteration % args.checkpoint_interval == 0:
                 save_checkpoint(run)
     if stopped:
-        exit_stopped(run, stopped)
+        sys.exit(128 + stopped[0])
     return report(args, agent, run, progress, device)
 
 
@@ -561,15 +534,10 @@ def act(agent, envs, obs, device):
 def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
     """Play whole episodes, each with a seed of its own that training never uses.
 
-    Args:
-        agent: plays its deterministic actions; None plays random ones.
-        args: make the environments, at most `args.num_envs` at a time (one with `args.render`).
-        episodes: number of episodes.
-        seed: the same seed gives the same episodes, whatever the agent.
-        device: of the agent.
-
-    Returns:
-        undiscounted sums of the environment's own rewards: float64, (episodes,).
+    The agent plays its deterministic actions, or random ones if it is None, in at most
+    `args.num_envs` environments at a time (one with `args.render`). The same seed gives the same
+    episodes, whatever the agent. Returns the undiscounted sums of the environment's own rewards:
+    float64, (episodes,).
     """
     rounds = math.ceil(episodes / (1 if args.render else args.num_envs))
     args = replace(args, num_envs=math.ceil(episodes / rounds))
@@ -606,28 +574,21 @@ def refuse(condition, reason):
 
 
 def check_args(args):
-    """ValueError, which names the flag, if `args` cannot work. Resets and steps an environment."""
-    batch_size = args.num_envs * args.num_steps
-    refuse(batch_size == 1, "--num-envs times --num-steps must be at least 2, not 1")
+    """BadInput, which names the flag, if `args` cannot work. Resets and steps an environment."""
     at_least = {"seed": 0, "eval_episodes": 1 if args.evaluate else 0, "log_std_init": -20}
-    at_most = {"seed": 2**63 - 1, "gamma": 1, "gae_lambda": 1, "num_minibatches": batch_size // 2}
+    at_least["num_steps"] = 2 if args.num_envs == 1 else 1
+    at_most = {"gamma": 1, "gae_lambda": 1, "num_minibatches": args.num_envs * args.num_steps // 2}
     for name, value in vars(args).items():
-        low = at_least.get(name, 1 if isinstance(value, int) else 0)
-        high, flag = at_most.get(name, math.inf), f"--{name.replace('_', '-')}"
         if type(value) in (int, float):
-            fits = low <= value <= high and math.isfinite(value)
-            refuse(not fits, f"{flag} must be finite and from {low} to {high}, not {value}")
-    refuse(
-        args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU; --no-cuda trains without"
-    )
+            low = at_least.get(name, 1 if type(value) is int else 0)
+            high, flag = at_most.get(name, sys.maxsize), f"--{name.replace('_', '-')}"
+            refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
+    refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU; see --no-cuda")
     refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
-    named = not args.resume or args.resume.name == "agent.pt"
-    refuse(not named, f"--resume takes the agent.pt of a run folder, not {args.resume}")
     folder = args.resume.parent if args.resume else Path("runs" if Path("runs").exists() else ".")
-    writable = args.evaluate or (folder.is_dir() and os.access(folder, os.W_OK))
-    refuse(not writable, f"the folder {folder} cannot be written to")
+    refuse(not args.evaluate and not os.access(f"{folder}/", os.W_OK), f"cannot write to {folder}")
     try:
         env = make_env(args, render_mode="human" if args.render else None)
     except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
@@ -636,15 +597,13 @@ def check_args(args):
         raise
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
-    refuse(not isinstance(reset, tuple), f"{flag}: reset must return (observation, info)")
-    expected = "(observation, reward, terminated, truncated, info), the reward a number"
-    refuse(len(step) != 5 or np.size(step[1]) != 1, f"{flag}: step must return {expected}")
+    known = isinstance(reset, tuple) and len(step) == 5 and np.size(step[1]) == 1
+    expected = "reset (observation, info), step (observation, reward, terminated, truncated, info)"
+    refuse(not known, f"{flag} must return from {expected}, the reward a number")
     refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
-    real = is_real_vector(env.action_space)
-    refuse(not real, f"{flag}: {env.action_space} is not a Box of real vectors")
-    for obs in (env.reset()[0], env.step(env.action_space.sample())[0]):
-        misfit = np.shape(obs) != env.observation_space.shape
-        refuse(misfit, f"{flag}: an observation of shape {np.shape(obs)} is not in {space}")
+    refuse(not is_real_vector(env.action_space), f"{flag}: {env.action_space}, not a Box of reals")
+    shapes = {env.reset()[0].shape, env.step(env.action_space.sample())[0].shape}
+    refuse(shapes != {env.observation_space.shape}, f"{flag}: observations {shapes} not in {space}")
     if env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
     if len(space.shape or ()) == 3:
@@ -667,35 +626,30 @@ def check_finite(**numbers):
             raise NotFinite(f"not finite: {name}")
 
 
-def make_checkpoint(args, agent, optimizer, progress):
-    """All that `--resume` and `load_agent` need: plain types, and copies of tensors."""
-    settings = asdict(args) | {"evaluate": None, "render": False, "resume": None}
-    state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint = {"script": Args.exp_name, "args": settings, "progress": dict(vars(progress))}
-    return checkpoint | copy.deepcopy(state)
+def start_progress(args, agent, optimizer):
+    """What the run has done so far; with --resume, it is loaded, and so are agent and optimizer."""
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0)
+    progress.episodes, progress.curve = [], {}
+    if args.resume:
+        saved = torch.load(args.resume, map_location="cpu", weights_only=True)
+        refuse(not saved["optimizer"], f"{args.resume} has no optimizer state to continue with")
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+        vars(progress).update(saved["progress"])
+    return progress
+
+
+def snapshot(args, agent, optimizer, progress):
+    """The content of a checkpoint: plain types, and copies of tensors."""
+    state = copy.deepcopy({"agent": agent.state_dict(), "optimizer": optimizer.state_dict()})
+    settings = asdict(replace(args, resume=None))
+    return state | {"script": Args.exp_name, "args": settings, "progress": dict(vars(progress))}
 
 
 def save_checkpoint(run):
     """Written beside agent.pt and moved there: a kill at any time leaves a whole file."""
     torch.save(run.checkpoint, run.folder / "agent.tmp")
     (run.folder / "agent.tmp").replace(run.folder / "agent.pt")
-
-
-def start_progress(args, agent, optimizer):
-    """What the run has done so far; with --resume, it is loaded, and so are agent and optimizer."""
-    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
-    progress.episodes, progress.iterations = [], []
-    if args.resume:
-        checkpoint = torch.load(args.resume, map_location="cpu", weights_only=True)
-        refuse(
-            not checkpoint["optimizer"], f"{args.resume} has no optimizer state to continue with"
-        )
-        agent.load_state_dict(checkpoint["agent"])
-        moments = {"state": checkpoint["optimizer"]["state"]}
-        optimizer.load_state_dict(optimizer.state_dict() | moments)
-        vars(progress).update(checkpoint["progress"])
-        progress.resumes += 1
-    return progress
 
 
 def load_agent(path, device):
@@ -719,117 +673,100 @@ def catch_signals():
 
     def stop(number, _):
         stopped.append(number)
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping after this iteration; again to stop at once", flush=True)
 
-    handlers = {}
-    with suppress(ValueError):  # only the main thread handles signals
-        handlers = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # only the main thread handles signals
+                stack.callback(signal.signal, number, signal.signal(number, stop))
         yield stopped
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def exit_stopped(run, stopped):
-    """End the process as its signal asks, after a word on how to continue."""
-    if run.checkpoint is not None:
-        print(f"continue with --resume {run.folder / 'agent.pt'}")
-    sys.exit(128 + stopped[0])
 
 
 @contextmanager
 def open_run(args, progress, total_steps):
-    """The run's folder, TensorBoard and progress bar.
-
-    However the run ends, `run.checkpoint` is saved: the state of its last whole iteration.
-    """
+    """The run's folder, TensorBoard and progress bar. However it ends, its checkpoint is saved."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     folder = args.resume.parent if args.resume else Path("runs", name.replace("/", "_"))
-    folder.mkdir(parents=True, exist_ok=args.resume is not None)
     print(f"run folder {folder}")
-    script = Path(__file__).read_bytes()
-    (folder / f"{Args.exp_name}.py").write_bytes(script)
     if args.track:
         import wandb
 
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
     run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
-    run.sha256 = hashlib.sha256(script).hexdigest()
     run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
-    run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)
+    run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)  # makes the folder
     run.writer.add_text("hyperparameters", f"    {args}")
+    script = Path(__file__).read_bytes()
+    run.sha256 = hashlib.sha256(script).hexdigest()
+    (folder / f"{Args.exp_name}.py").write_bytes(script)
     try:
         yield run
     finally:
         if error := sys.exception():
             error.add_note(f"({args.env_id}, after step {progress.global_step})")
-        if run.checkpoint is not None:
-            save_checkpoint(run)
         run.bar.close()
         run.writer.close()
+        if run.checkpoint is not None:
+            save_checkpoint(run)
+            print(f"to continue, --resume {folder / 'agent.pt'}")
 
 
 def log_iteration(run, progress, rollout, metrics, optimizer):
     """Log metrics, and the episodes that ended, each at the step of its last transition."""
-    dones, ended = rollout.terminations | rollout.truncations, False
+    dones, ended = rollout.terminations | rollout.truncations, []
     transitions = zip(rollout.rewards.flatten().tolist(), dones.flatten().tolist(), strict=True)
     for step, (reward, done) in enumerate(transitions, progress.global_step - dones.numel() + 1):
         episode = run.running[(step - 1) % dones.shape[1]]  # of the environment of this transition
         episode[:] = episode[0] + reward, episode[1] + 1
         if done:
-            progress.episodes.append((step, *episode))
+            ended.append((step, *episode))
             run.writer.add_scalar("charts/episodic_return", episode[0], step)
             run.writer.add_scalar("charts/episodic_length", episode[1], step)
-            episode[:], ended = (0.0, 0), True
+            episode[:] = 0.0, 0
     scalars = {f"losses/{name}": value for name, value in metrics.items()}
     scalars["charts/SPS"] = progress.global_step / progress.learning_seconds
     scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
     for name, value in scalars.items():
         run.writer.add_scalar(name, value, progress.global_step)
-    mean = np.mean([episode[1] for episode in progress.episodes[-100:]]).item() if ended else None
-    point = {"step": progress.global_step, "seconds": progress.learning_seconds}
-    progress.iterations.append(metrics | point | {"episodic_return": mean})
+    progress.episodes += ended  # after all that can fail, so that a checkpoint has whole iterations
+    mean = np.mean([e[1] for e in progress.episodes[-100:]]).item() if ended else None
+    point = {"step": progress.global_step, "seconds": progress.learning_seconds, **metrics}
+    for name, value in (point | {"episodic_return": mean}).items():
+        progress.curve.setdefault(name, []).append(value)
     run.bar.update(dones.numel())
 
 
 def report(args, agent, run, progress, device):
-    """Plot the run, evaluate a random and the trained agent, film them, write result.json."""
+    """Plot the run, evaluate a random and the trained agent, film it, write result.json."""
     save_plot(run.folder / "training.png", args, progress)
-    random_returns, returns = [], []
+    result = {"run_dir": str(run.folder), "args": asdict(args), "random_returns": []}
+    result |= {"global_step": progress.global_step, "learning_seconds": progress.learning_seconds}
+    result |= {"curve": progress.curve, "threshold": make_env(args).spec.reward_threshold}
+    result |= {"eval_returns": [], "eval_mean": None, "eval_std": None, "solved": None}
+    result["versions"] = {module.__name__: module.__version__ for module in (torch, gym, np)}
     if args.eval_episodes:
         save_gif(run.folder / "agent.gif", args, agent, device)
-        random_returns = play(None, args, 10, device)
-        returns = play(agent, args, args.eval_episodes, device)
-    mean, std = (np.mean(returns).item(), np.std(returns).item()) if returns else (None, None)
-    threshold = make_env(args).spec.reward_threshold
-    solved = mean >= threshold if returns and threshold is not None else None
-    result = {"run_dir": str(run.folder), "global_step": progress.global_step}
-    result |= {"learning_seconds": progress.learning_seconds, "resumes": progress.resumes}
-    result |= {"wall_seconds": time.perf_counter() - run.started, "args": asdict(args)}
-    result |= {"eval_returns": returns, "eval_mean": mean, "eval_std": std, "solved": solved}
-    result |= {"random_returns": random_returns, "threshold": threshold, "sha256": run.sha256}
-    result["versions"] = {module.__name__: module.__version__ for module in (torch, gym, np)}
-    for name in ("step", "seconds", "episodic_return"):
-        result.setdefault("curve", {})[name] = [point[name] for point in progress.iterations]
+        result["random_returns"] = play(None, args, 10, device)["eval_returns"]
+        result |= play(agent, args, args.eval_episodes, device)
+    result |= {"sha256": run.sha256, "wall_seconds": time.perf_counter() - run.started}
     (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     return result
 
 
 def play(agent, args, episodes, device):
-    """Evaluate a random (None) or trained agent and print the result; list of returns."""
+    """Evaluate a random (None) or trained agent, print the result, and return it."""
     returns = evaluate(agent, args, episodes, args.seed, device)
-    threshold = make_env(args).spec.reward_threshold
-    name = "trained agent" if agent else "random agent"
-    line = f"{name:13} {returns.mean():8.1f} ± {returns.std():5.1f} over {episodes} episodes"
+    mean, std, threshold = returns.mean(), returns.std(), make_env(args).spec.reward_threshold
+    solved = None if threshold is None else bool(mean >= threshold)
+    name, verdict = "trained agent" if agent else "random agent", ""
     if agent and threshold is not None:
-        solved = "solved" if returns.mean() >= threshold else "not solved"
-        line += f", {solved} (threshold {threshold:g})"
-    print(line)
-    return returns.tolist()
+        verdict = f", {'solved' if solved else 'not solved'} (threshold {threshold:g})"
+    print(f"{name:13} {mean:8.1f} ± {std:5.1f} over {episodes} episodes{verdict}")
+    result = {"eval_mean": mean.item(), "eval_std": std.item(), "solved": solved}
+    return result | {"eval_returns": returns.tolist()}
 
 
 def save_plot(path, args, progress):
@@ -837,28 +774,23 @@ def save_plot(path, args, progress):
     figure = Figure(figsize=(12, 7), layout="constrained")
     names = ["policy_loss", "value_loss", "entropy", "approx_kl"]
     axes = figure.subplot_mosaic([["episodic_return"] * 4, names], height_ratios=[2, 1])
-    ends, returns, _ = np.array(progress.episodes).reshape(-1, 3).T
-    axes["episodic_return"].plot(ends, returns, ".", alpha=0.3)
-    for name, axis in axes.items():
-        points = [(point["step"], point[name]) for point in progress.iterations]
-        axis.plot(*np.array(points, float).T, marker=".")  # None, no episode ended, is a gap
+    axes["episodic_return"].plot(*np.array(progress.episodes).reshape(-1, 3).T[:2], ".", alpha=0.3)
+    axes["episodic_return"].set_title(f"{args.env_id}: episodes, and mean of the last 100")
+    for name, axis in axes.items():  # None, no episode ended, is a gap
+        axis.plot(progress.curve["step"], np.array(progress.curve[name], float), marker=".")
         axis.set(xlabel="environment steps", ylabel=name.replace("_", " "))
         axis.locator_params(axis="x", nbins=4)
-    axes["episodic_return"].set_title(f"{args.env_id}: episodes, and mean of the last 100")
     figure.savefig(path)
 
 
 def save_gif(path, args, agent, device):
-    """Film a random agent (left) and the trained one (right); a line says if it can't be drawn."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
+    """Film 250 steps of the agent; a line says if the environment can't be drawn."""
     try:
-        envs = make_vector_env(replace(args, num_envs=2), training=False, render_mode="rgb_array")
-        obs, frames = envs.reset(seed=[args.seed] * 2)[0], []
+        envs = make_vector_env(replace(args, num_envs=1), training=False, render_mode="rgb_array")
+        obs, frames = envs.reset(seed=[args.seed])[0], []
         for _ in range(250):
-            frames.append(Image.fromarray(np.hstack(envs.render())).reduce(2))
-            actions = act(None, envs, obs, device)
-            actions[1] = act(agent, envs, obs, device)[1]
-            obs = envs.step(actions)[0]
+            frames.append(Image.fromarray(envs.render()[0]).reduce(2))
+            obs = envs.step(act(agent, envs, obs, device))[0]
         envs.close()
         duration = 1000 / envs.metadata.get("render_fps", 30)
         frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=duration)
@@ -873,24 +805,19 @@ def main() -> None:
     try:
         if path := args.evaluate or args.resume:
             agent, saved = load_agent(path, "cpu")
-            cuda = args.cuda if args.evaluate else saved.cuda
-            args = tyro.cli(Args, default=replace(saved, cuda=cuda))
+            args = tyro.cli(Args, default=replace(saved, cuda=saved.cuda and not args.evaluate))
             for name in ("env_id", "env_kwargs", "norm_obs", "norm_reward", "hidden_size"):
                 old, new = getattr(saved, name), getattr(args, name)
                 refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)
-        device = torch.device("cuda" if args.cuda else "cpu")
         if args.evaluate:
+            device = torch.device("cuda" if args.cuda else "cpu")
             play(agent.to(device), args, args.eval_episodes, device)
         else:
             train(args)
-    except BadInput as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        sys.exit(2)
-    except NotFinite as error:
-        sys.exit(" ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (BadInput, NotFinite) as error:
+        print("error:", *str(error).split(), *getattr(error, "__notes__", []), file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
     except Exception as error:
         if not hasattr(error, "__notes__"):
             error.add_note(f"({args.env_id}, before or after training)")

@@ -420,8 +420,8 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     envs = make_vector_env(args)
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    agent = Agent(obs_space, action_space, args.norm_obs, args.hidden_size).to(device)
+    spaces = envs.single_observation_space, envs.single_action_space
+    agent = Agent(*spaces, args.norm_obs, args.hidden_size).to(device)
     lr, critic_lr = args.learning_rate, args.critic_learning_rate
     critic_lr = lr if critic_lr is None else critic_lr
     actor, critic = agent.actor.parameters(), agent.critic.parameters()
@@ -455,6 +455,8 @@ def train(args: Args) -> dict:
             run.checkpoint = snapshot(replace(args, kl_coef=kl_coef), agent, optimizer, progress)
             if progress.iteration % args.checkpoint_interval == 0:
                 save_checkpoint(run)
+    if stopped:
+        sys.exit(128 + stopped[0])
     return report(args, agent, run, progress, device)
 
 
@@ -603,12 +605,12 @@ def load_agent(path, device):
 
 @contextmanager
 def catch_signals():
-    """Yields a list for the first SIGINT or SIGTERM, which ends the process when `with` ends."""
+    """Yields a list that SIGINT or SIGTERM is appended to; a second one ends the process."""
     stopped = []
 
     def stop(number, _):
         stopped.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second signal ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping after this iteration; again to stop at once", flush=True)
 
@@ -617,8 +619,6 @@ def catch_signals():
             with suppress(ValueError):  # only the main thread handles signals
                 stack.callback(signal.signal, number, signal.signal(number, stop))
         yield stopped
-    if stopped:
-        sys.exit(128 + stopped[0])
 
 
 @contextmanager

@@ -284,10 +284,10 @@ def training(record, results, seconds, dry):
         (path,) = Path("runs").glob("*/agent.pt")
         progress = torch.load(path, map_location="cpu", weights_only=True)["progress"]
         row |= {"steps": progress["global_step"], "learning_seconds": progress["learning_seconds"]}
-        points = progress["iterations"]
-        points = [*points[: -1 : len(points) // 40 + 1], points[-1]]
         names = ("seconds", "step", "episodic_return")
-        row["curve"] = [{name: point[name] for name in names} for point in points]
+        columns = (progress["curve"][name] for name in names)
+        points = [dict(zip(names, point, strict=True)) for point in zip(*columns, strict=True)]
+        row["curve"] = [*points[: -1 : len(points) // 40 + 1], points[-1]]
         record.save(rows=record.rows)
 
         device = torch.device("cuda" if args.cuda else "cpu")

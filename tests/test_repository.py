@@ -62,7 +62,6 @@ VARIANTS = {  # what may differ between scripts; all else of one name is of one 
 }  # fmt: skip
 ALL_RANKS = {  # speak of all processes of torchrun in ppo_multienv.py
     "ObservationNormalizer", "reset_envs", "minibatches", "check_finite", "catch_signals",
-    "exit_stopped",
 }  # fmt: skip
 
 
