@@ -177,8 +177,9 @@ class ObservationNormalizer(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, obs):
-        normalized = ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
-        return torch.where(self.count > 0, normalized, obs).float()
+        if self.count == 0:
+            return obs.float()
+        return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
 
     def update(self, obs):
         """Add observations (..., obs_dim) to the moments (parallel update, Chan et al. 1979)."""
@@ -565,7 +566,7 @@ def check_finite(**numbers):
 
 def start_progress(args, agent, optimizer):
     """What the run has done so far; with --resume, it is loaded, and so are agent and optimizer."""
-    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0)
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
     progress.episodes, progress.curve = [], {}
     if args.resume:
         saved = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -573,6 +574,7 @@ def start_progress(args, agent, optimizer):
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
         vars(progress).update(saved["progress"])
+        progress.resumes += 1
     return progress
 
 
@@ -648,6 +650,7 @@ def open_run(args, progress, total_steps):
         run.writer.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
+        if run.checkpoint is not None and progress.global_step < total_steps:
             print(f"to continue, --resume {folder / 'agent.pt'}")
 
 
@@ -688,7 +691,8 @@ def report(args, agent, run, progress, device):
         save_gif(run.folder / "agent.gif", args, agent, device)
         result["random_returns"] = play(None, args, 10, device)["eval_returns"]
         result |= play(agent, args, args.eval_episodes, device)
-    result |= {"sha256": run.sha256, "wall_seconds": time.perf_counter() - run.started}
+    result |= {"sha256": run.sha256, "resumes": progress.resumes}
+    result["wall_seconds"] = time.perf_counter() - run.started
     (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     return result
 

@@ -374,8 +374,9 @@ class ObservationNormalizer(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, obs):
-        normalized = ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
-        return torch.where(self.count > 0, normalized, obs).float()
+        if self.count == 0:
+            return obs.float()
+        return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
 
     def update(self, obs):
         """Add the observations (..., obs_dim) of all ranks to the moments (Chan et al. 1979)."""
@@ -434,7 +435,7 @@ class Agent(nn.Module):
         self.actor = nn.Sequential(layer_init(nn.Linear(hidden_size, num_outputs), std=0.01))
         self.critic = layer_init(nn.Linear(hidden_size, 1), std=1.0)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((num_outputs,), log_std_init))  # cont. 2
+            self.log_std = nn.Parameter(torch.full((num_outputs,), float(log_std_init)))  # cont. 2
             if np.all((action_space.low == -1) & (action_space.high == 1)):
                 self.actor.append(nn.Tanh())
 
@@ -825,7 +826,7 @@ def check_finite(**numbers):
 
 def start_progress(args, agent, optimizer):
     """What the run has done so far; with --resume, it is loaded, and so are agent and optimizer."""
-    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0)
+    progress = SimpleNamespace(iteration=0, global_step=0, learning_seconds=0.0, resumes=0)
     progress.episodes, progress.curve = [], {}
     if args.resume:
         saved = torch.load(args.resume, map_location="cpu", weights_only=True)
@@ -833,6 +834,7 @@ def start_progress(args, agent, optimizer):
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
         vars(progress).update(saved["progress"])
+        progress.resumes += 1
     return progress
 
 
@@ -909,6 +911,7 @@ def open_run(args, progress, total_steps):
         run.writer.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
+        if run.checkpoint is not None and progress.global_step < total_steps:
             print(f"to continue, --resume {folder / 'agent.pt'}")
 
 
@@ -949,7 +952,8 @@ def report(args, agent, run, progress, device):
         save_gif(run.folder / "agent.gif", args, agent, device)
         result["random_returns"] = play(None, args, 10, device)["eval_returns"]
         result |= play(agent, args, args.eval_episodes, device)
-    result |= {"sha256": run.sha256, "wall_seconds": time.perf_counter() - run.started}
+    result |= {"sha256": run.sha256, "resumes": progress.resumes}
+    result["wall_seconds"] = time.perf_counter() - run.started
     (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     return result
 
