@@ -84,9 +84,7 @@ class Args:
     stock_renderer: bool = False  # Gymnasium's own environment: the same pixels, but slower
     action_repeat: int = 4  # frames per action; all steps are counted in actions
     frame_stack: int = 4  # frames that the agent sees, one per action
-    max_steps_without_progress: int = (
-        75  # truncate, in training, after this long without a new tile
-    )
+    max_steps_without_progress: int = 75  # training truncates after so long without a new tile
     reward_scale: float = 0.025  # factor of the rewards in training
     total_timesteps: int = 2_000_000  # total actions, rounded up to whole iterations
     num_envs: int = 8  # number of parallel environments (N), a process each
@@ -354,6 +352,12 @@ def layer_init(layer, std=2**0.5):
     return layer
 
 
+def make_head(num_inputs, num_outputs, std):
+    """A hidden layer of 128 units; `std` scales the weights of the output layer."""
+    hidden = layer_init(nn.Linear(num_inputs, 128))
+    return nn.Sequential(hidden, nn.ReLU(), layer_init(nn.Linear(128, num_outputs), std))
+
+
 class Agent(nn.Module):
     """The policy pi(a|s) and the value function V(s), two heads on one body (detail 13, Atari 8).
 
@@ -364,25 +368,14 @@ class Agent(nn.Module):
 
     def __init__(self, obs_space, action_space):
         super().__init__()
+        first = layer_init(nn.Conv2d(obs_space.shape[-1], 16, kernel_size=8, stride=4))
+        second = layer_init(nn.Conv2d(16, 32, kernel_size=3, stride=2))
+        third = layer_init(nn.Conv2d(32, 64, kernel_size=3, stride=2))
         self.body = nn.Sequential(
-            layer_init(nn.Conv2d(obs_space.shape[-1], 16, kernel_size=8, stride=4)),
-            nn.ReLU(),
-            layer_init(nn.Conv2d(16, 32, kernel_size=3, stride=2)),
-            nn.ReLU(),
-            layer_init(nn.Conv2d(32, 64, kernel_size=3, stride=2)),
-            nn.ReLU(),
-            nn.Flatten(),
+            first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), nn.Flatten()
         )
-        self.actor = nn.Sequential(
-            layer_init(nn.Linear(64 * 5 * 5, 128)),
-            nn.ReLU(),
-            layer_init(nn.Linear(128, 2 * action_space.shape[0]), std=0.01),
-        )
-        self.critic = nn.Sequential(
-            layer_init(nn.Linear(64 * 5 * 5 + 1, 128)),
-            nn.ReLU(),
-            layer_init(nn.Linear(128, 1), std=1.0),
-        )
+        self.actor = make_head(64 * 5 * 5, 2 * action_space.shape[0], std=0.01)
+        self.critic = make_head(64 * 5 * 5 + 1, 1, std=1.0)
 
     def forward(self, obs):
         """pi(.|s), a torch.distributions.Distribution, and V(s)."""
@@ -790,11 +783,11 @@ def open_run(args, progress, total_steps):
         if error := sys.exception():
             error.add_note(f"({args.env_id}, after step {progress.global_step})")
         run.bar.close()
-        run.writer.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
-        if run.checkpoint is not None and progress.global_step < total_steps:
-            print(f"to continue, --resume {folder / 'agent.pt'}")
+            if progress.global_step < total_steps:
+                print(f"continue with --resume {folder / 'agent.pt'}")
+        run.writer.close()
 
 
 def log_iteration(run, progress, rollout, metrics, optimizer):
@@ -869,6 +862,7 @@ def save_plot(path, args, progress):
 
 def save_gif(path, args, agent, device):
     """Film 250 steps of the agent; a line says if the environment can't be drawn."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     try:
         envs = make_vector_env(replace(args, num_envs=1), training=False, render_mode="rgb_array")
         obs, frames = envs.reset(seed=[args.seed])[0], []

@@ -710,11 +710,11 @@ def open_run(args, progress, total_steps):
         if error := sys.exception():
             error.add_note(f"({args.env_id}, after step {progress.global_step})")
         run.bar.close()
-        run.writer.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
-        if run.checkpoint is not None and progress.global_step < total_steps:
-            print(f"to continue, --resume {folder / 'agent.pt'}")
+            if progress.global_step < total_steps:
+                print(f"continue with --resume {folder / 'agent.pt'}")
+        run.writer.close()
 
 
 def log_iteration(run, progress, rollout, metrics, optimizer):
@@ -789,6 +789,7 @@ def save_plot(path, args, progress):
 
 def save_gif(path, args, agent, device):
     """Film 250 steps of the agent; a line says if the environment can't be drawn."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     try:
         envs = make_vector_env(replace(args, num_envs=1), training=False, render_mode="rgb_array")
         obs, frames = envs.reset(seed=[args.seed])[0], []

@@ -178,9 +178,8 @@ def make_vector_env(args: Args, training: bool = True, render_mode=None) -> Vect
     """
     env_fns = [partial(make_env, args, training, render_mode)] * args.num_envs
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_workers = args.num_workers
-    if num_workers is None:  # the processes of torchrun share the cores
-        num_workers = max(num_cores // LOCAL_SIZE, 1)
+    # The processes of torchrun share the cores.
+    num_workers = max(num_cores // LOCAL_SIZE, 1) if args.num_workers is None else args.num_workers
     if num_workers == 0 or render_mode:  # in this process
         return SyncVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
     return WorkerVectorEnv(env_fns, num_workers, args.step_timeout)
@@ -198,10 +197,8 @@ class WorkerVectorEnv(VectorEnv):
     def __init__(self, env_fns, num_workers, timeout):
         env, self.num_envs, self.timeout = env_fns[0](), len(env_fns), timeout
         self.metadata = env.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
-        self.single_observation_space, self.single_action_space = obs, action = (
-            env.observation_space,
-            env.action_space,
-        )
+        obs, action = env.observation_space, env.action_space
+        self.single_observation_space, self.single_action_space = obs, action
         env.close()
         self.observation_space = batch_space(obs, self.num_envs)
         self.action_space = batch_space(action, self.num_envs)
@@ -908,11 +905,11 @@ def open_run(args, progress, total_steps):
         if error := sys.exception():
             error.add_note(f"({args.env_id}, after step {progress.global_step})")
         run.bar.close()
-        run.writer.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
-        if run.checkpoint is not None and progress.global_step < total_steps:
-            print(f"to continue, --resume {folder / 'agent.pt'}")
+            if progress.global_step < total_steps:
+                print(f"continue with --resume {folder / 'agent.pt'}")
+        run.writer.close()
 
 
 def log_iteration(run, progress, rollout, metrics, optimizer):
@@ -987,6 +984,7 @@ def save_plot(path, args, progress):
 
 def save_gif(path, args, agent, device):
     """Film 250 steps of the agent; a line says if the environment can't be drawn."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
     try:
         envs = make_vector_env(replace(args, num_envs=1), training=False, render_mode="rgb_array")
         obs, frames = envs.reset(seed=[args.seed])[0], []

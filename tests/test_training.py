@@ -481,6 +481,30 @@ def test_crash_while_logging_leaves_a_whole_iteration(script, three_iterations, 
     assert load(path)["progress"]["global_step"] == expected["progress"]["global_step"] == 192
 
 
+@ONCE
+def test_history_of_a_checkpoint_is_of_whole_iterations(script, three_iterations, monkeypatch):
+    """TensorBoard's disk is full when the fourth iteration has been logged in part."""
+    expected, args = three_iterations
+    add_scalar, names = script.SummaryWriter.add_scalar, []
+
+    def failing(writer, name, value, step):
+        if step > 192:
+            names.append(name)
+        if step == 256 and not name.startswith("charts/episodic"):
+            raise OSError("no space left")
+        add_scalar(writer, name, value, step)
+
+    monkeypatch.setattr(script.SummaryWriter, "add_scalar", failing)
+    with pytest.raises(OSError, match="no space left"):
+        script.train(dataclasses.replace(args, exp_name="crashed"))
+    assert "charts/episodic_return" in names
+    (path,) = Path("runs").glob("*__crashed__*/agent.pt")
+    progress, expected = load(path)["progress"], expected["progress"]
+    assert progress["episodes"] == expected["episodes"]
+    assert progress["curve"].keys() == expected["curve"].keys() >= {"step", "entropy"}
+    assert {len(values) for values in progress["curve"].values()} == {3}
+
+
 def fail(agent, metrics):
     raise RuntimeError("no track")
 
