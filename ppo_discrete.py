@@ -54,7 +54,7 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.distributions import Categorical, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
@@ -730,8 +730,10 @@ def save_gif(path, args, agent, device):
     try:
         envs = make_vector_env(replace(args, num_envs=1), training=False, render_mode="rgb_array")
         obs, frames = envs.reset(seed=[args.seed])[0], []
+        caption = f"{args.env_id}, {args.total_timesteps:,} steps"
         for _ in range(250):
             frames.append(Image.fromarray(envs.render()[0]).reduce(2))
+            ImageDraw.Draw(frames[-1]).text((6, 6), caption, "red", font_size=16)
             obs = envs.step(act(agent, envs, obs, device))[0]
         envs.close()
         duration = 1000 / envs.metadata.get("render_fps", 30)

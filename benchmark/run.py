@@ -31,10 +31,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from PIL import Image, ImageSequence
 
 ROOT = Path(__file__).parents[1]
 FIVE, THREE = (1, 2, 3, 4, 5), (1, 2, 3)
-WITH_GIF = ("CartPole-v1", "LunarLander-v3", "BipedalWalker-v3", "CarRacing-v3")
+NAMES = {".pt": "agent.pt", ".gif": "agent.gif", ".png": "training.png"}
+WITH_PICTURES = ("CartPole-v1", "LunarLander-v3", "BipedalWalker-v3", "CarRacing-v3")
 
 # name of the row: seeds, command. The steps are those of the rl-zoo's recipe for the task.
 CLASSIC = {
@@ -113,11 +115,11 @@ def train(name, seeds, at_once):
     means = {result["args"]["seed"]: result["eval_mean"] for result in records(name)}
     if len(means) == len(ROWS[name][0]):
         median = sorted(means, key=means.get)[len(means) // 2]
-        for kind in ("pt", "gif") if name not in CARRACING else ("gif",):
-            for file in folder.glob(f"seed*.{kind}"):
-                if file.stem == f"seed{median}":
-                    file.replace(folder / f"agent.{kind}")
-                file.unlink(missing_ok=True)
+        for file in (file for file in folder.glob("seed*") if file.suffix in NAMES):
+            if file.stem == f"seed{median}":
+                shutil.copy(file, folder / NAMES[file.suffix])
+            if file.suffix != ".pt" or name not in CARRACING:  # of which all seeds are kept
+                file.unlink()
 
 
 def train_seed(name, seed, scratch):
@@ -125,8 +127,10 @@ def train_seed(name, seed, scratch):
     folder, command = ROOT / "benchmark" / name, ROWS[name][1]
     script, *flags = command.split()
     line = [sys.executable, ROOT / script, *flags, "--seed", str(seed)]
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", "log", "-1", "--format=%h", "--", script]  # the commit that last changed it
     commit = subprocess.run(git, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", script], cwd=ROOT).returncode:
+        commit = f"{commit.strip()}, changed"
     output = subprocess.run(line, cwd=scratch, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(f"{command} --seed {seed}", output, sep="\n", flush=True)
     run_dir = Path(scratch, re.search("run folder (.*)", output)[1])
@@ -139,8 +143,21 @@ def train_seed(name, seed, scratch):
     checkpoint = torch.load(run_dir / "agent.pt", weights_only=True)
     checkpoint["progress"] = {"global_step": checkpoint["progress"]["global_step"]}
     torch.save(checkpoint | {"optimizer": None}, folder / f"seed{seed}.pt")
-    if name in WITH_GIF:
-        shutil.copy(run_dir / "agent.gif", folder / f"seed{seed}.gif")
+    if name in WITH_PICTURES:
+        copy_gif(run_dir / "agent.gif", folder / f"seed{seed}.gif")
+    if name == "LunarLander-v3":  # the README's example
+        shutil.copy(run_dir / "training.png", folder / f"seed{seed}.png")
+
+
+def copy_gif(source, target, limit=600_000):
+    """Copy a GIF, with every second or third frame only where it would be too large."""
+    image = Image.open(source)
+    frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    for step in range(1, 10):
+        rest = {"append_images": frames[step::step], "duration": step * image.info["duration"]}
+        frames[0].save(target, save_all=True, loop=0, **rest)
+        if target.stat().st_size <= limit:
+            break
 
 
 def thin(curve):
