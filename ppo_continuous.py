@@ -243,9 +243,7 @@ class Agent(nn.Module):
     """The policy pi(a|s) and the value function V(s), separate networks (detail 13, cont. 4).
 
     Observations are (..., obs_dim), raw; actions (..., action_dim); log-probabilities, entropies,
-    values (...). Actions are stored as sampled; only `make_env` clips them to [-1, 1]. Unlike in
-    the paper, tanh bounds their mean: beyond the bounds all samples would be clipped to the same
-    action, and nothing would reduce the noise. (If an action is unbounded, so are all means.)
+    values (...). Actions are stored as sampled; only `make_env` clips them to [-1, 1].
     """
 
     def __init__(self, obs_space, action_space, norm_obs=False, hidden_size=64, log_std_init=0.0):
@@ -254,8 +252,6 @@ class Agent(nn.Module):
         self.normalize = ObservationNormalizer(obs_dim) if norm_obs else nn.Identity()
         self.scale_rewards = RewardScaler()
         self.actor = make_mlp(obs_dim, action_dim, hidden_size, std=0.01)
-        if np.all((action_space.low == -1) & (action_space.high == 1)):
-            self.actor.append(nn.Tanh())
         self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))  # cont. 2
         self.critic = make_mlp(obs_dim, 1, hidden_size, std=1.0)
 

@@ -415,9 +415,7 @@ class Agent(nn.Module):
 
     Observations are (..., obs_dim), raw; discrete actions (...), continuous ones (..., action_dim);
     log-probabilities, entropies, values (...). Continuous actions are stored as sampled; only
-    `make_env` clips them to [-1, 1]. Unlike in the paper, tanh bounds their mean: beyond the bounds
-    all samples would be clipped to the same action, and nothing would reduce the noise. (If an
-    action is unbounded, so are all means.)
+    `make_env` clips them to [-1, 1].
     """
 
     def __init__(self, obs_space, action_space, norm_obs=False, hidden_size=128, log_std_init=0.0):
@@ -429,12 +427,10 @@ class Agent(nn.Module):
         first = layer_init(nn.Linear(obs_dim, hidden_size))
         second = layer_init(nn.Linear(hidden_size, hidden_size))
         self.body = nn.Sequential(first, nn.Tanh(), second, nn.Tanh())
-        self.actor = nn.Sequential(layer_init(nn.Linear(hidden_size, num_outputs), std=0.01))
+        self.actor = layer_init(nn.Linear(hidden_size, num_outputs), std=0.01)
         self.critic = layer_init(nn.Linear(hidden_size, 1), std=1.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((num_outputs,), float(log_std_init)))  # cont. 2
-            if np.all((action_space.low == -1) & (action_space.high == 1)):
-                self.actor.append(nn.Tanh())
 
     def forward(self, obs):
         """pi(.|s), a torch.distributions.Distribution, and V(s)."""
