@@ -261,7 +261,7 @@ def commands():
 def draw_curves(path, rows):
     """Draw training's return over steps, mean and range over the seeds, a small panel a row."""
     rows = {name: results for name in rows if (results := records(name))}
-    lines = math.ceil(len(rows) / 3)
+    lines = max(math.ceil(len(rows) / 3), 1)
     figure = Figure(figsize=(10, 2.6 * lines), layout="constrained")
     panels = figure.subplots(lines, 3, squeeze=False).flat
     for axis, (name, results) in zip(panels, rows.items(), strict=False):
