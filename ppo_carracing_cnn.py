@@ -101,7 +101,7 @@ class Args:
     clip_coef: float = 0.2  # clipping range of the probability ratio (epsilon)
     clip_vloss: bool = False  # clip the value loss (no gain: Engstrom 2020, Andrychowicz 2021)
     ent_coef: float = 0.0  # coefficient of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # coefficient of the value loss (c_1)
+    vf_coef: float = 0.5  # coefficient of the value loss (c_1); CleanRL's 0.5 is 0.25 here
     max_grad_norm: float = 0.5  # maximum norm of the gradient
     target_kl: float | None = None  # stop the update at a KL above 1.5 times this (None: never)
 
@@ -659,7 +659,7 @@ def refuse(condition, reason):
 
 def check_args(args):
     """BadInput, which names the flag, if `args` cannot work. Resets and steps an environment."""
-    at_least = {"seed": 0, "eval_episodes": 1 if args.evaluate else 0}
+    at_least = {"seed": 0, "eval_episodes": 0}
     at_least["num_steps"] = 2 if args.num_envs == 1 else 1
     at_most = {"gamma": 1, "gae_lambda": 1, "num_minibatches": args.num_envs * args.num_steps // 2}
     for name, value in vars(args).items():
@@ -668,10 +668,11 @@ def check_args(args):
             high, flag = at_most.get(name, sys.maxsize), f"--{name.replace('_', '-')}"
             refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
     refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU; see --no-cuda")
-    refuse(args.track and not find_spec("wandb"), "--track needs wandb: pip install wandb")
+    no_wandb = args.track and not args.evaluate and not find_spec("wandb")
+    refuse(no_wandb, "--track needs wandb: pip install wandb")
     refuse(args.render and not args.evaluate, "--render needs --evaluate PATH")
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
-    folder = args.resume.parent if args.resume else Path("runs" if Path("runs").exists() else ".")
+    folder = "runs" if Path("runs").exists() else "."
     refuse(not args.evaluate and not os.access(f"{folder}/", os.W_OK), f"cannot write to {folder}")
     refuse(args.env_id != "CarRacing-v3", f"--env-id must be CarRacing-v3, not {args.env_id}")
     try:
@@ -736,6 +737,7 @@ def load_agent(path, device):
         env = make_env(args)
         agent = Agent(env.observation_space, env.action_space)
         agent.load_state_dict(checkpoint["agent"])
+        env.close()
     except Exception as error:  # torch.load alone raises errors of many kinds
         raise BadInput(f"{Args.exp_name}.py cannot load {path}: {error!r:.200}") from None
     return agent.to(device), args
@@ -763,7 +765,7 @@ def catch_signals():
 def open_run(args, progress, total_steps):
     """The run's folder, TensorBoard and progress bar. However it ends, its checkpoint is saved."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    folder = args.resume.parent if args.resume else Path("runs", name.replace("/", "_"))
+    folder = Path("runs", name.replace("/", "_"))
     print(f"run folder {folder}")
     if args.track:
         import wandb
@@ -772,7 +774,7 @@ def open_run(args, progress, total_steps):
     run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
     run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
-    run.writer = SummaryWriter(folder, purge_step=progress.global_step + 1)  # makes the folder
+    run.writer = SummaryWriter(folder)  # makes the folder
     run.writer.add_text("hyperparameters", f"    {args}")
     script = Path(__file__).read_bytes()
     run.sha256 = hashlib.sha256(script).hexdigest()
@@ -818,16 +820,15 @@ def log_iteration(run, progress, rollout, metrics, optimizer):
 def report(args, agent, run, progress, device):
     """Plot the run, evaluate a random and the trained agent, film it, write result.json."""
     save_plot(run.folder / "training.png", args, progress)
-    result = {"run_dir": str(run.folder), "args": asdict(args), "random_returns": []}
-    result |= {"global_step": progress.global_step, "learning_seconds": progress.learning_seconds}
-    result |= {"curve": progress.curve, "threshold": make_env(args).spec.reward_threshold}
+    result = {"run_dir": str(run.folder), "args": asdict(args), "sha256": run.sha256}
+    result |= {name: value for name, value in vars(progress).items() if name != "episodes"}
+    result |= {"threshold": reward_threshold(args), "random_returns": []}
     result |= {"eval_returns": [], "eval_mean": None, "eval_std": None, "solved": None}
     result["versions"] = {module.__name__: module.__version__ for module in (torch, gym, np)}
     if args.eval_episodes:
         save_gif(run.folder / "agent.gif", args, agent, device)
         result["random_returns"] = play(None, args, 10, device)["eval_returns"]
         result |= play(agent, args, args.eval_episodes, device)
-    result |= {"sha256": run.sha256, "resumes": progress.resumes}
     result["wall_seconds"] = time.perf_counter() - run.started
     (run.folder / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     return result
@@ -835,15 +836,18 @@ def report(args, agent, run, progress, device):
 
 def play(agent, args, episodes, device):
     """Evaluate a random (None) or trained agent, print the result, and return it."""
-    returns = evaluate(agent, args, episodes, args.seed, device)
-    mean, std, threshold = returns.mean(), returns.std(), make_env(args).spec.reward_threshold
-    solved = None if threshold is None else bool(mean >= threshold)
-    name, verdict = "trained agent" if agent else "random agent", ""
-    if agent and threshold is not None:
-        verdict = f", {'solved' if solved else 'not solved'} (threshold {threshold:g})"
-    print(f"{name:13} {mean:8.1f} ± {std:5.1f} over {episodes} episodes{verdict}")
-    result = {"eval_mean": mean.item(), "eval_std": std.item(), "solved": solved}
-    return result | {"eval_returns": returns.tolist()}
+    returns, threshold = evaluate(agent, args, episodes, args.seed, device), reward_threshold(args)
+    mean, std = returns.mean().item(), returns.std().item()
+    solved = None if agent is None or threshold is None else mean >= threshold
+    name = "random agent" if agent is None else "trained agent"
+    print(f"{name:13} {mean:8.1f} ± {std:5.1f} over {episodes} episodes", end="")
+    print("" if solved is None else f", {'' if solved else 'not '}solved (threshold {threshold:g})")
+    return {"eval_returns": returns.tolist(), "eval_mean": mean, "eval_std": std, "solved": solved}
+
+
+def reward_threshold(args):
+    with closing(make_env(args)) as env:
+        return env.spec.reward_threshold
 
 
 def save_plot(path, args, progress):
@@ -892,7 +896,7 @@ def main() -> None:
         check_args(args)
         if args.evaluate:
             device = torch.device("cuda" if args.cuda else "cpu")
-            play(agent.to(device), args, args.eval_episodes, device)
+            play(agent.to(device), args, args.eval_episodes or 100, device)
         else:
             train(args)
     except (BadInput, NotFinite, ChildProcessError) as error:

@@ -55,15 +55,15 @@ CLASSIC = {
     ),
     "Pendulum-v1": (
         FIVE,
-        "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 100000 --num-envs 16 "
-        "--num-steps 200 --num-minibatches 16 --learning-rate 1e-3 --gamma 0.95 "
-        "--gae-lambda 0.95 --ent-coef 0",
+        "ppo_continuous.py --env-id Pendulum-v1 --total-timesteps 100000 --num-envs 4 "
+        "--num-steps 400 --num-minibatches 16 --update-epochs 20 --learning-rate 1e-3 "
+        "--gamma 0.95 --gae-lambda 0.95 --ent-coef 0 --no-bound-mean",
     ),
     "MountainCarContinuous-v0": (
         FIVE,
-        "ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 20000 "
-        "--num-steps 256 --num-minibatches 32 --learning-rate 1e-3 --gamma 0.999 "
-        "--gae-lambda 0.98 --ent-coef 0 --log-std-init 1.1",
+        "ppo_continuous.py --env-id MountainCarContinuous-v0 --total-timesteps 20000 --num-envs 4 "
+        "--num-steps 250 --num-minibatches 16 --update-epochs 5 --learning-rate 5e-4 "
+        "--gamma 0.9999 --gae-lambda 0.9 --clip-coef 0.1 --ent-coef 0.01 --log-std-init 2",
     ),
 }
 BOX2D = {
@@ -77,15 +77,15 @@ BOX2D = {
     "LunarLanderContinuous-v3": (
         FIVE,
         "ppo_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 1000000 "
-        "--num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
-        "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0",
+        "--num-steps 256 --num-minibatches 16 --update-epochs 6 --learning-rate 1e-3 --gamma 0.999 "
+        "--gae-lambda 0.98 --ent-coef 0 --log-std-init -0.5 --no-bound-mean",
     ),
     "BipedalWalker-v3": (THREE, "ppo_continuous.py"),
 }
 # One set of flags for all tasks of MuJoCo.
 MUJOCO_FLAGS = (
     "--total-timesteps 1000000 --num-envs 64 --num-steps 32 --num-minibatches 32 "
-    "--learning-rate 3e-4 --gae-lambda 0.9 --ent-coef 0 --log-std-init -0.5"
+    "--learning-rate 3e-4 --gae-lambda 0.9 --ent-coef 0 --log-std-init -0.5 --no-bound-mean"
 )
 TASKS = (
     "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5", "Humanoid-v5",

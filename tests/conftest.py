@@ -186,12 +186,13 @@ def main(script, in_tmp, monkeypatch, capsys):
 @pytest.fixture
 def start(script, in_tmp):
     """Starts the script as a process of its own, in the empty folder; the test's end kills it."""
-    started = []
+    started, environment = [], {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONUNBUFFERED"] = "1"  # lines are waited for
 
     def start(*flags):
         process = subprocess.Popen(
             [sys.executable, ROOT / f"{script.__name__}.py", *map(str, flags)],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

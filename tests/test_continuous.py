@@ -53,16 +53,31 @@ def test_log_std_init(script):
 
 
 def test_means_stay_within_the_bounds_if_all_actions_have_some(script):
-    def largest_mean(high):
+    def largest_mean(high, **settings):
         space = spaces.Box(-np.array(high, np.float32), np.array(high, np.float32))
-        agent = script.Agent(OBS_SPACE, space)
+        agent = script.Agent(OBS_SPACE, space, **settings)
         with torch.no_grad():
             for weight in agent.actor.parameters():
                 weight.fill_(100.0)
         return agent.get_deterministic_action(torch.randn(50, 3)).abs().max()
 
     assert largest_mean([1, 1]) <= 1
-    assert largest_mean([1, np.inf]) >= 100
+    assert largest_mean([1, np.inf]) >= 100 and largest_mean([1, 1], bound_mean=False) >= 100
+
+
+@pytest.mark.parametrize("bound_mean", [True, False])
+def test_a_loaded_agent_has_its_bounds(script, box, main, in_tmp, bound_mean):
+    """And --resume can't change them."""
+    args = dataclasses.replace(box, bound_mean=bound_mean, total_timesteps=64)
+    path = in_tmp / script.train(args)["run_dir"] / "agent.pt"
+    agent, _ = script.load_agent(path, "cpu")
+    with torch.no_grad():
+        for weight in agent.actor.parameters():
+            weight.fill_(100.0)
+    largest = agent.get_deterministic_action(torch.ones(1, 3)).abs().max()
+    assert (largest <= 1) == bound_mean
+    code, _, errors = main("--resume", path, "--no-bound-mean" if bound_mean else "--bound-mean")
+    assert code == 2 and "--bound-mean" in errors
 
 
 def test_actions_are_sampled_with_mean_and_deviation(gaussian):

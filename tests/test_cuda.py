@@ -144,7 +144,7 @@ def check_checkpoint(name, device, folder):
             resumed = dataclasses.replace(args, resume=path, total_timesteps=48)
             result = script.train(resumed)
             assert result["global_step"] == 48
-            later, saved = script.load_agent(path, "cpu")
+            later, saved = script.load_agent(Path(result["run_dir"], "agent.pt"), "cpu")
             assert saved.cuda == (second == "cuda")
             same = [
                 torch.equal(weight, other.to(CPU))

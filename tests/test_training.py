@@ -576,8 +576,14 @@ def half(script, small, record_updates):
     return path
 
 
+def newest():
+    """The checkpoint of the run that was started last; names of run folders end with the time."""
+    return max(Path().glob("runs/*/agent.pt"), key=lambda path: path.parent.name.split("__")[-1])
+
+
 def test_resume_continues_with_the_saved_state(script, half, main, record_updates):
-    saved = load(half)
+    """In a run folder of its own: nothing that is there is overwritten."""
+    saved, before = load(half), {path: path.read_bytes() for path in half.parent.iterdir()}
     code, _, errors = main("--resume", half, "--total-timesteps", 512)
     assert code == 0, errors
     first = record_updates[0]
@@ -585,28 +591,17 @@ def test_resume_continues_with_the_saved_state(script, half, main, record_update
     assert first.steps == {4 * 2 * 4}, "4 iterations of 2 epochs of 4 minibatches"
     assert first.rates[0] == pytest.approx(2e-3 / 2)
     assert len(record_updates) == 4
-    after = load(half)
+    after = load(newest())
     assert after["progress"]["global_step"] == 512 and after["progress"]["iteration"] == 8
     assert after["agent"]["normalize.count"] == 512
     earlier = len(saved["progress"]["episodes"])
     assert after["progress"]["episodes"][:earlier] == saved["progress"]["episodes"]
     assert after["args"]["total_timesteps"] == 512 and after["args"]["resume"] is None
-    assert [path.parent for path in Path().glob("runs/*/agent.pt")] == [
-        half.parent.relative_to(Path().absolute())
-    ]
-    steps = [step for step, _ in scalars(half.parent, "losses/entropy")]
-    assert steps == list(range(64, 513, 64))
-
-
-@ONCE
-def test_resume_replaces_what_was_logged_after_the_checkpoint(half, main):
-    """As after a crash: the checkpoint is older than the last events."""
-    saved = half.read_bytes()
-    main("--resume", half, "--total-timesteps", 384)
-    half.write_bytes(saved)
-    main("--resume", half, "--total-timesteps", 320)
-    steps = [step for step, _ in scalars(half.parent, "losses/entropy")]
-    assert steps == [64, 128, 192, 256, 320]
+    assert after["progress"]["resumes"] == 1 and saved["progress"]["resumes"] == 0
+    assert before == {path: path.read_bytes() for path in half.parent.iterdir()}
+    steps = [step for step, _ in scalars(newest().parent, "losses/entropy")]
+    assert steps == list(range(320, 513, 64))
+    assert json.loads((newest().parent / "result.json").read_text())["resumes"] == 1
 
 
 @ONCE
@@ -648,9 +643,9 @@ def test_kl_coefficient_of_a_resumed_run(script, small, main, record_updates):
     path = Path(script.train(args)["run_dir"], "agent.pt")
     main("--resume", path, "--total-timesteps", 128)
     assert [call.rest[0] for call in record_updates] == [0.5, 0.25]
-    code, _, _ = main("--resume", path, "--total-timesteps", 192, "--kl-coef", 3)
+    code, _, _ = main("--resume", newest(), "--total-timesteps", 192, "--kl-coef", 3)
     assert code == 0 and record_updates[-1].rest[0] == 3.0
-    assert load(path)["args"]["kl_coef"] == 1.5
+    assert load(newest())["args"]["kl_coef"] == 1.5
 
 
 @WITH_PENALTY
