@@ -165,7 +165,7 @@ def test_multi_discrete(small, surrogate, in_tmp):
     """Learns an environment whose reward is 1 for either right component."""
     script = changed("Action space", "ppo_discrete", in_tmp)
     small = dataclasses.replace(
-        small, env_id="TwoChoices-v0", total_timesteps=2048, surrogate=surrogate, update_epochs=4,
+        small, env_id="TwoChoices-v0", total_timesteps=1024, surrogate=surrogate, update_epochs=4,
         learning_rate=1e-2, target_kl=0.05 if surrogate == "kl-penalty" else None,
     )  # fmt: skip
     result = script.train(rest_of(small, script))
