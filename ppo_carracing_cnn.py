@@ -86,7 +86,7 @@ class Args:
     frame_stack: int = 4  # frames that the agent sees, one per action
     max_steps_without_progress: int = 75  # training truncates after so long without a new tile
     reward_scale: float = 0.025  # factor of the rewards in training
-    total_timesteps: int = 2_000_000  # total actions, rounded up to whole iterations
+    total_timesteps: int = 1_200_000  # total actions, rounded up to whole iterations
     num_envs: int = 8  # number of parallel environments (N), a process each
     num_steps: int = 512  # actions per environment and iteration (T)
     step_timeout: float = 60.0  # seconds after which a step that has not returned ends the run
@@ -129,7 +129,7 @@ class AgentView(gym.Wrapper):
     """What the agent sees and does (Atari 2, 5, 7).
 
     Observations are uint8, (97, 96, frame_stack): the last gray frames, and below them, for the
-    critic alone (asymmetric), a row that holds the share of the lap that is done, from 0 to 255.
+    critic alone (asymmetric), a row that begins with `lap_state`, from 0 to 255.
     Actions are (steering, pedal) in [0, 1]: left to right, full brake to full gas. An action is
     held for `action_repeat` frames, and its reward is their sum.
     """
@@ -148,7 +148,8 @@ class AgentView(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         self.unwrapped.lazy, self.steps_without_progress = False, 0
         frame, _ = self.env.reset(seed=seed, options=options)
-        self.obs[:96], self.obs[96] = to_gray(frame)[..., np.newaxis], 0
+        self.obs[:96] = to_gray(frame)[..., np.newaxis]
+        self.obs[96, :6] = 255 * lap_state(self.unwrapped)[:, np.newaxis]
         return self.obs.copy(), {}
 
     def step(self, action):
@@ -165,10 +166,27 @@ class AgentView(gym.Wrapper):
             frame = self.unwrapped.observe() if frame is None else frame
             self.obs[:96, :, :-1] = self.obs[:96, :, 1:]
             self.obs[:96, :, -1] = to_gray(frame)
-        self.obs[96] = 255 * self.unwrapped.tile_visited_count // len(self.unwrapped.track)
+        self.obs[96, :6] = 255 * lap_state(self.unwrapped)[:, np.newaxis]
         self.steps_without_progress = 0 if total_reward > 0 else self.steps_without_progress + 1
         truncated = truncated or self.steps_without_progress >= self.max_steps_without_progress
         return self.obs.copy(), total_reward, terminated, truncated, {}
+
+
+def lap_state(env):
+    """What the frames do not show of a lap, six numbers from 0 to 1.
+
+    The share of tiles visited, the time, the number of tiles to visit, the distance to the next of
+    them, the car's place on the track, the number of tiles missed behind it. (Numbers of tiles are
+    counted up to 10; distance and place are in laps.)
+    """
+    ahead = np.array([point[2:] for point in env.track]) - env.car.hull.position
+    place, tiles = np.hypot(*ahead.T).argmin(), len(env.track)
+    missing = np.flatnonzero([not tile.road_visited for tile in env.road])
+    distance = ((missing - place) % tiles).min(initial=tiles) if len(missing) else 0
+    behind = np.count_nonzero(missing < place)
+    time, visited = env.t * car_racing.FPS / 1000, 1 - len(missing) / tiles
+    counts = min(len(missing), 10) / 10, min(behind, 10) / 10
+    return np.array([visited, min(time, 1), counts[0], distance / tiles, place / tiles, counts[1]])
 
 
 def to_gray(frame):
@@ -363,7 +381,7 @@ class Agent(nn.Module):
 
     Observations are (batch, 97, 96, frame_stack), as AgentView returns them; actions (batch, 2), in
     (0, 1); log-probabilities, entropies, values (batch,). The policy sees the frames alone; the
-    critic, which only training needs, also the rows below them.
+    critic, which only training needs, also the six numbers of `lap_state` in the row below them.
     """
 
     def __init__(self, obs_space, action_space):
@@ -375,11 +393,11 @@ class Agent(nn.Module):
             first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), nn.Flatten()
         )
         self.actor = make_head(64 * 5 * 5, 2 * action_space.shape[0], std=0.01)
-        self.critic = make_head(64 * 5 * 5 + 1, 1, std=1.0)
+        self.critic = make_head(64 * 5 * 5 + 6, 1, std=1.0)
 
     def forward(self, obs):
         """pi(.|s), a torch.distributions.Distribution, and V(s)."""
-        frames, lap = obs[:, :96], obs[:, 96:, 0, 0]  # for both, and for the critic alone
+        frames, lap = obs[:, :96], obs[:, 96, :6, 0]  # for both, and for the critic alone
         # Scaled to [0, 1] (Atari 9), in place to save a sixth of the time on a CPU; channels
         # stay last in memory, which halves it.
         pixels = frames.permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(255)

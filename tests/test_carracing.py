@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -84,11 +85,16 @@ class Counting(gym.Env):
     def __init__(self, ends_at=None):
         self.ends_at, self.controls = ends_at, []
 
-    @property
-    def tile_visited_count(self):
-        return self.count
+    car = SimpleNamespace(hull=SimpleNamespace(position=(3.2, 0.1)))
+    track = [(0.0, 0.0, float(x), 0.0) for x in range(20)]  # noqa: RUF012
 
-    track = range(20)
+    @property
+    def road(self):
+        return [SimpleNamespace(road_visited=i < self.count) for i in range(20)]
+
+    @property
+    def t(self):
+        return self.count / 50
 
     def show(self):
         return np.full((96, 96, 3), self.count, np.uint8)
@@ -106,7 +112,7 @@ class Counting(gym.Env):
 def test_repeat_and_stack():
     view = script.AgentView(Counting(ends_at=10), script.Args(), np.inf)
     obs, _ = view.reset()
-    assert obs.shape == (97, 96, 4) and obs.dtype == np.uint8 and not obs.any()
+    assert obs.shape == (97, 96, 4) and obs.dtype == np.uint8 and not obs[:96].any()
     first, reward, *_ = view.step(np.array([1.0, 0.75]))
     assert first[0, 0].tolist() == [0, 0, 0, 4] and reward == 11110
     assert len(view.env.controls) == 4
@@ -117,10 +123,30 @@ def test_repeat_and_stack():
     last, reward, terminated, *_ = view.step(np.array([0.5, 0.5]))
     assert terminated and reward == 10**9 + 10**10 and len(view.env.controls) == 10
     assert last[0, 0].tolist() == [0, 4, 8, 10]
-    assert (last[96] == 255 * 10 // 20).all() and (second[96] == 255 * 8 // 20).all()
+    assert (last[96, 0] == 255 * 10 // 20).all() and (second[96, 0] == 255 * 8 // 20).all()
+    assert (last[96, 1] == 255 * 10 // 1000).all() and not last[96, 6:].any()
     assert first[0, 0].tolist() == [0, 0, 0, 4], "what was returned stays as it was"
     obs, _ = view.reset()
-    assert not obs.any(), "no frame of the last episode is left"
+    assert not obs[:96].any(), "no frame of the last episode is left"
+
+
+def test_lap_state():
+    """Of a car that has missed tiles 3 and 5, and visited all others up to its place."""
+    env = script.make_env(script.Args(), training=False)
+    env.reset(seed=1)
+    env = env.unwrapped
+    tiles, env.t = len(env.track), 250 / 50
+    for i, tile in enumerate(env.road):
+        tile.road_visited = i <= 100 and i not in (3, 5)
+    env.car = SimpleNamespace(hull=SimpleNamespace(position=env.track[100][2:]))
+    expected = [99 / tiles, 0.25, 1.0, 1 / tiles, 100 / tiles, 0.2]
+    assert script.lap_state(env) == pytest.approx(expected)
+    for tile in env.road[101:]:
+        tile.road_visited = True
+    expected = [(tiles - 2) / tiles, 0.25, 0.2, (tiles - 97) / tiles, 100 / tiles, 0.2]
+    assert script.lap_state(env) == pytest.approx(expected)
+    env.road[3].road_visited, env.road[5].road_visited, env.t = True, True, 30.0
+    assert script.lap_state(env) == pytest.approx([1, 1, 0, 0, 100 / tiles, 0])
 
 
 def test_lost_car_is_truncated_in_training_alone():
@@ -172,6 +198,10 @@ def test_policy_is_blind_to_the_rows_of_the_critic(kernel, stride):
     policy, same_policy = agent.get_policy(obs), agent.get_policy(changed)
     torch.testing.assert_close(policy.mean, same_policy.mean, rtol=0, atol=0)
     assert not torch.isclose(agent.get_value(obs), agent.get_value(changed)).any()
+    for i in range(6):  # each number of lap_state
+        changed = obs.clone()
+        changed[:, 96, i] = 255 - changed[:, 96, i]
+        assert not torch.isclose(agent.get_value(obs), agent.get_value(changed)).any()
     changed = obs.clone()
     changed[:, :96] = 255 - changed[:, :96]
     assert not torch.isclose(policy.mean, agent.get_policy(changed).mean).any(), "frames are seen"
