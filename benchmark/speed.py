@@ -161,17 +161,7 @@ CLEANRL = dict(  # its ppo.py
 
 # name: description, and the two sides, first against second
 COMPARISONS = {
-    "cartpole": (
-        "CartPole-v1",
-        {
-            "ppo_discrete.py, default command": lambda: ours("ppo_discrete"),
-            "SB3, rl-zoo recipe": lambda: theirs(
-                "MlpPolicy", lambda: gym.make("CartPole-v1"), 8, 100_000, n_steps=32,
-                batch_size=256, n_epochs=20, gamma=0.98, gae_lambda=0.8,
-                learning_rate=lambda left: left * 1e-3, clip_range=lambda left: left * 0.2,
-            ),
-        },
-    ),
+    # equal hyper-parameters
     "cleanrl": (
         "CartPole-v1 with CleanRL's hyper-parameters",
         {
@@ -193,15 +183,6 @@ COMPARISONS = {
             "SB3": their_bipedalwalker,
         },
     ),
-    "bipedalwalker-default": (
-        "BipedalWalker-v3, one core each",
-        {
-            "ppo_continuous.py, default command": lambda: ours(
-                "ppo_continuous", total_timesteps=131_072
-            ),
-            "SB3, rl-zoo recipe": their_bipedalwalker,
-        },
-    ),
     "lunarlander": (
         "LunarLander-v3 with the rl-zoo's hyper-parameters",
         {
@@ -212,6 +193,40 @@ COMPARISONS = {
             "SB3": their_lunarlander,
         },
     ),
+    "carracing": (
+        "CarRacing-v3: actions, with 8 x 128, batch 256, 4 epochs",
+        {
+            "ppo_carracing_cnn.py": lambda: ours(
+                "ppo_carracing_cnn", num_steps=128, num_minibatches=4, update_epochs=4,
+                total_timesteps=4096, warm_up=1024,
+            ),
+            "SB3": lambda: theirs(
+                "CnnPolicy", make_carracing, 8, 2048, warm_up=1024, threads=0, stack=4,
+                processes=True, n_steps=128, batch_size=256, n_epochs=4, gamma=0.99,
+            ),
+        },
+    ),
+    # default commands
+    "cartpole": (
+        "CartPole-v1",
+        {
+            "ppo_discrete.py, default command": lambda: ours("ppo_discrete"),
+            "SB3, rl-zoo recipe": lambda: theirs(
+                "MlpPolicy", lambda: gym.make("CartPole-v1"), 8, 100_000, n_steps=32,
+                batch_size=256, n_epochs=20, gamma=0.98, gae_lambda=0.8,
+                learning_rate=lambda left: left * 1e-3, clip_range=lambda left: left * 0.2,
+            ),
+        },
+    ),
+    "bipedalwalker-default": (
+        "BipedalWalker-v3, one core each",
+        {
+            "ppo_continuous.py, default command": lambda: ours(
+                "ppo_continuous", total_timesteps=131_072
+            ),
+            "SB3, rl-zoo recipe": their_bipedalwalker,
+        },
+    ),
     "lunarlander-default": (
         "LunarLander-v3",
         {
@@ -219,6 +234,7 @@ COMPARISONS = {
             "SB3, rl-zoo recipe": their_lunarlander,
         },
     ),
+    # parts
     **{
         f"{name.lower()}-{kind}": (
             f"{name}-v3: 32 environments alone",
@@ -233,19 +249,6 @@ COMPARISONS = {
     "ranks": (
         "LunarLander-v3: default command of ppo_multienv.py with --num-workers 0",
         {"2 processes of torchrun": lambda: ranks(2), "1 process": lambda: ranks(1)},
-    ),
-    "carracing": (
-        "CarRacing-v3: actions, with 8 x 128, batch 256, 4 epochs",
-        {
-            "ppo_carracing_cnn.py": lambda: ours(
-                "ppo_carracing_cnn", num_steps=128, num_minibatches=4, update_epochs=4,
-                total_timesteps=4096, warm_up=1024,
-            ),
-            "SB3": lambda: theirs(
-                "CnnPolicy", make_carracing, 8, 2048, warm_up=1024, threads=0, stack=4,
-                processes=True, n_steps=128, batch_size=256, n_epochs=4, gamma=0.99,
-            ),
-        },
     ),
     "carracing-frame": (
         "CarRacing-v3: a drawn frame",
