@@ -223,7 +223,15 @@ def test_commands(page, trained, corridor, monkeypatch, tmp_path):
 
 
 def test_flags_and_rows_of_commands_exist():
-    known = {"--logdir", "--help", "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--check"}
+    known = {
+        "--logdir",
+        "--help",
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--check",
+    }
     known |= {"--seeds", "--at-once", "--save-model"}  # of benchmark/run.py, of CleanRL
     for name in SCRIPTS:
         fields = dataclasses.fields(importlib.import_module(name).Args)
