@@ -231,8 +231,9 @@ def mujoco():
     print("| task | ours | SB3, defaults | best published, v2 to v4 | SLM-Lab, v5, 4M to 10M |")
     print("|" + " --- |" * 5)
     for name in MUJOCO:
-        columns = [name, outcome(records(name)), outcome(sb3_records(name)), *PUBLISHED[name]]
-        print(f"| {' | '.join(columns)} |")
+        if ours := records(name):
+            columns = [name, outcome(ours), outcome(sb3_records(name)), *PUBLISHED[name]]
+            print(f"| {' | '.join(columns)} |")
 
 
 def table():
