@@ -222,7 +222,7 @@ def comparison():
         ours, theirs = records(name), sb3_records(name)
         if ours:
             steps = EngFormatter(places=0, sep="")(ours[0]["args"]["total_timesteps"])
-            compared = difference(ours, theirs) if theirs else ("", "")
+            compared = difference(ours, theirs) if min(len(ours), len(theirs)) > 2 else ("", "")
             print(f"| {' | '.join([name, steps, outcome(ours), outcome(theirs), *compared])} |")
 
 
