@@ -70,8 +70,8 @@ BOX2D = {
     "LunarLander-v3": (
         FIVE,
         "ppo_discrete.py --env-id LunarLander-v3 --norm-obs --total-timesteps 1000000 "
-        "--num-steps 512 --num-minibatches 32 --update-epochs 6 --learning-rate 1e-3 "
-        "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01",
+        "--num-steps 256 --num-minibatches 16 --update-epochs 6 --learning-rate 1e-3 "
+        "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --hidden-size 128",
     ),
     "LunarLander-v3-multienv": (FIVE, "ppo_multienv.py"),
     "LunarLanderContinuous-v3": (
