@@ -597,7 +597,7 @@ def train(args: Args) -> dict:
     batch_size = args.num_envs * args.num_steps
     total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
 
-    with closing(envs), catch_signals() as stopped, open_run(args, progress, total_steps) as run:
+    with catch_signals() as stopped, closing(envs), open_run(args, progress, total_steps) as run:
         while progress.global_step < total_steps and not stopped:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0

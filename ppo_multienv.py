@@ -667,7 +667,7 @@ def train(args: Args) -> dict | None:
     total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
 
     opened = open_run(args, progress, total_steps) if RANK == 0 else nullcontext()
-    with closing(envs), catch_signals() as stopped, opened as run:
+    with catch_signals() as stopped, closing(envs), opened as run:
         while progress.global_step < total_steps and not stopping:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0
