@@ -692,15 +692,22 @@ def check_args(args):
     folder = "runs" if Path("runs").exists() else "."
     refuse(not args.evaluate and not os.access(f"{folder}/", os.W_OK), f"cannot write to {folder}")
     refuse(args.env_id != "CarRacing-v3", f"--env-id must be CarRacing-v3, not {args.env_id}")
-    try:
-        env = make_env(args, render_mode="human" if args.render else None)
-    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-        bug = isinstance(error, TypeError) and "unexpected keyword argument" not in str(error)
-        refuse(not bug, f"--env-id {args.env_id} or --env-kwargs: {error}")
-        raise
+    env = try_env(args, "human" if args.render else None)
     refuse(not env.unwrapped.continuous, "--env-kwargs continuous=False: must be True")
     env.reset()
     env.close()
+
+
+def try_env(args, render_mode=None):
+    """An environment: BadInput if a flag is to blame, else whatever the environment raises."""
+    try:
+        return make_env(args, render_mode=render_mode)
+    except Exception as error:
+        known = isinstance(error, gym.error.Error | ModuleNotFoundError)
+        words = "unexpected keyword argument", "max_episode_steps"
+        blamed = known or any(word in str(error) for word in words)
+        refuse(blamed, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        raise
 
 
 def parse_env_kwargs(args):
@@ -750,13 +757,15 @@ def load_agent(path, device):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         refuse(checkpoint["script"] != Args.exp_name, f"it is one of {checkpoint['script']}.py")
-        args = Args(**checkpoint["args"])
-        env = make_env(args)
-        agent = Agent(env.observation_space, env.action_space)
-        agent.load_state_dict(checkpoint["agent"])
-        env.close()
+        args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     except Exception as error:  # torch.load alone raises errors of many kinds
         raise BadInput(f"{Args.exp_name}.py cannot load {path}: {error!r:.200}") from None
+    with closing(try_env(args)) as env:
+        agent = Agent(env.observation_space, env.action_space)
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"{path} does not fit {args.env_id}: {error!r:.200}") from None
     return agent.to(device), args
 
 

@@ -446,7 +446,8 @@ def train(args: Args) -> dict:
             metrics = update(agent, optimizer, rollout, advantages, returns, args, kl_coef)
             check_finite(**rollout._asdict(), **metrics, **agent.state_dict())
             if args.surrogate == "kl-penalty":
-                kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], args.target_kl or 0.01)
+                target_kl = 0.01 if args.target_kl is None else args.target_kl
+                kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], target_kl)
             if args.norm_obs:
                 agent.normalize.update(rollout.obs)
             progress.iteration += 1
@@ -527,12 +528,7 @@ def check_args(args):
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
     folder = "runs" if Path("runs").exists() else "."
     refuse(not args.evaluate and not os.access(f"{folder}/", os.W_OK), f"cannot write to {folder}")
-    try:
-        env = make_env(args, render_mode="human" if args.render else None)
-    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-        bug = isinstance(error, TypeError) and "unexpected keyword argument" not in str(error)
-        refuse(not bug, f"--env-id {args.env_id} or --env-kwargs: {error}")
-        raise
+    env = try_env(args, "human" if args.render else None)
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
     known = isinstance(reset, tuple) and len(step) == 5 and np.size(step[1]) == 1
@@ -547,6 +543,18 @@ def check_args(args):
     if len(space.shape or ()) == 3:
         print(f"{args.env_id} observes images, for which ppo_carracing_cnn.py has a CNN")
     env.close()
+
+
+def try_env(args, render_mode=None):
+    """An environment: BadInput if a flag is to blame, else whatever the environment raises."""
+    try:
+        return make_env(args, render_mode=render_mode)
+    except Exception as error:
+        known = isinstance(error, gym.error.Error | ModuleNotFoundError)
+        words = "unexpected keyword argument", "max_episode_steps"
+        blamed = known or any(word in str(error) for word in words)
+        refuse(blamed, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        raise
 
 
 def parse_env_kwargs(args):
@@ -596,13 +604,15 @@ def load_agent(path, device):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         refuse(checkpoint["script"] != Args.exp_name, f"it is one of {checkpoint['script']}.py")
-        args = Args(**checkpoint["args"])
-        env = make_env(args)
-        agent = Agent(env.observation_space, env.action_space, args.norm_obs, args.hidden_size)
-        agent.load_state_dict(checkpoint["agent"])
-        env.close()
+        args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     except Exception as error:  # torch.load alone raises errors of many kinds
         raise BadInput(f"{Args.exp_name}.py cannot load {path}: {error!r:.200}") from None
+    with closing(try_env(args)) as env:
+        agent = Agent(env.observation_space, env.action_space, args.norm_obs, args.hidden_size)
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"{path} does not fit {args.env_id}: {error!r:.200}") from None
     return agent.to(device), args
 
 

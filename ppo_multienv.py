@@ -592,7 +592,7 @@ def update(agent, optimizer, rollout, advantages, returns, args):
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
     history = []
-    for mb, mean, std in minibatches(advantages, args):
+    for mb, mean, std in minibatches_and_moments(advantages, args):
         policy, new_values = agent(obs[mb])
         new_logprobs, mb_advantages = policy.log_prob(actions[mb]), advantages[mb]
         with torch.set_grad_enabled(args.ent_coef > 0):  # without a bonus it is only logged
@@ -626,7 +626,7 @@ def average_gradients(agent):
         nn.utils.vector_to_parameters(vector, gradients)
 
 
-def minibatches(advantages, args):
+def minibatches_and_moments(advantages, args):
     """Indices of the minibatches of all epochs; each epoch visits each transition once.
 
     With each come mean and standard deviation of its advantages over all ranks, by one all-reduce
@@ -788,12 +788,7 @@ def check_args(args):
     refuse(args.evaluate and args.resume, "--evaluate and --resume exclude each other")
     folder = "runs" if Path("runs").exists() else "."
     refuse(not args.evaluate and not os.access(f"{folder}/", os.W_OK), f"cannot write to {folder}")
-    try:
-        env = make_env(args, render_mode="human" if args.render else None)
-    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
-        bug = isinstance(error, TypeError) and "unexpected keyword argument" not in str(error)
-        refuse(not bug, f"--env-id {args.env_id} or --env-kwargs: {error}")
-        raise
+    env = try_env(args, "human" if args.render else None)
     raw, flag = env.unwrapped, f"--env-id {args.env_id}"
     space, reset, step = raw.observation_space, raw.reset(), raw.step(raw.action_space.sample())
     known = isinstance(reset, tuple) and len(step) == 5 and np.size(step[1]) == 1
@@ -809,6 +804,18 @@ def check_args(args):
     if RANK == 0 and len(space.shape or ()) == 3:
         print(f"{args.env_id} observes images, for which ppo_carracing_cnn.py has a CNN")
     env.close()
+
+
+def try_env(args, render_mode=None):
+    """An environment: BadInput if a flag is to blame, else whatever the environment raises."""
+    try:
+        return make_env(args, render_mode=render_mode)
+    except Exception as error:
+        known = isinstance(error, gym.error.Error | ModuleNotFoundError)
+        words = "unexpected keyword argument", "max_episode_steps"
+        blamed = known or any(word in str(error) for word in words)
+        refuse(blamed, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        raise
 
 
 def parse_env_kwargs(args):
@@ -858,14 +865,16 @@ def load_agent(path, device):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         refuse(checkpoint["script"] != Args.exp_name, f"it is one of {checkpoint['script']}.py")
-        args = Args(**checkpoint["args"])
-        env = make_env(args)
-        spaces = env.observation_space, env.action_space
-        agent = Agent(*spaces, args.norm_obs, args.hidden_size, args.log_std_init, args.bound_mean)
-        agent.load_state_dict(checkpoint["agent"])
-        env.close()
+        args, weights = Args(**checkpoint["args"]), checkpoint["agent"]
     except Exception as error:  # torch.load alone raises errors of many kinds
         raise BadInput(f"{Args.exp_name}.py cannot load {path}: {error!r:.200}") from None
+    with closing(try_env(args)) as env:
+        spaces = env.observation_space, env.action_space
+        agent = Agent(*spaces, args.norm_obs, args.hidden_size, args.log_std_init, args.bound_mean)
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"{path} does not fit {args.env_id}: {error!r:.200}") from None
     return agent.to(device), args
 
 

@@ -70,6 +70,28 @@ def test_checkpoint_of_another_script_is_refused_by_name(script, trained, in_tmp
         script.load_agent(in_tmp / "other.pt", CPU)
 
 
+def test_an_environment_that_raises_beside_a_checkpoint(script, trained, main, in_tmp):
+    """Its own error, not a word about the checkpoint; an unknown environment is one line."""
+    checkpoint = load(trained.path)
+    for env_id in ("RaisesInInit-v0", "Nowhere-v0"):
+        checkpoint["args"] |= {"env_id": env_id, "env_kwargs": ()}
+        torch.save(checkpoint, in_tmp / "other.pt")
+        if env_id == "RaisesInInit-v0":
+            with pytest.raises(RuntimeError, match="no track"):
+                main("--evaluate", in_tmp / "other.pt")
+        else:
+            code, _, errors = main("--evaluate", in_tmp / "other.pt")
+            assert code == 2 and errors.count("\n") == 1 and "Nowhere" in errors
+
+
+def test_weights_that_do_not_fit_are_refused(trained, main, in_tmp):
+    checkpoint = load(trained.path)
+    checkpoint["agent"] = {"weight": torch.zeros(2)}
+    torch.save(checkpoint, in_tmp / "other.pt")
+    code, _, errors = main("--resume", in_tmp / "other.pt")
+    assert code == 2 and errors.count("\n") == 1 and "other.pt" in errors
+
+
 @ONCE
 def test_a_renamed_experiment_is_still_of_this_script(script, small):
     args = dataclasses.replace(small, exp_name="../a/b", total_timesteps=64)

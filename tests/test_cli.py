@@ -59,6 +59,7 @@ def test_numbers_out_of_range(script, main, in_tmp, flag, value, allowed):
         (("--env-kwargs", "nonsense"), ("--env-kwargs", "nonsense")),
         (("--env-kwargs", "gravity=oops("), ("--env-kwargs", "oops(")),
         (("--env-kwargs", "no_such_argument=1"), ("--env-kwargs", "no_such_argument")),
+        (("--env-kwargs", "max_episode_steps=0"), ("--env-kwargs", "max_episode_steps")),
         (("--render",), ("--render", "--evaluate")),
         (("--evaluate", "nowhere.pt"), ("nowhere.pt",)),
         (("--resume", "nowhere.pt"), ("nowhere.pt",)),

@@ -61,7 +61,7 @@ VARIANTS = {  # what may differ between scripts; all else of one name is of one 
     "update", "train", "evaluate", "load_agent", "main",
 }  # fmt: skip
 ALL_RANKS = {  # speak of all processes of torchrun in ppo_multienv.py
-    "ObservationNormalizer", "reset_envs", "minibatches", "check_finite", "catch_signals",
+    "ObservationNormalizer", "reset_envs", "check_finite", "catch_signals",
 }  # fmt: skip
 
 
