@@ -583,7 +583,8 @@ def check_args(args):
     """BadInput, which names the flag, if `args` cannot work. Resets and steps an environment."""
     at_least = {"seed": 0, "eval_episodes": 0, "log_std_init": -20}
     at_least["num_steps"] = 2 if args.num_envs == 1 else 1
-    at_most = {"gamma": 1, "gae_lambda": 1, "num_minibatches": args.num_envs * args.num_steps // 2}
+    at_most = {"gamma": 1, "gae_lambda": 1, "log_std_init": 20}
+    at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low = at_least.get(name, 1 if type(value) is int else 0)
@@ -833,7 +834,7 @@ def main() -> None:
             agent, saved = load_agent(path, "cpu")
             args = tyro.cli(Args, default=replace(saved, cuda=saved.cuda and not args.evaluate))
             fixed = "env_id", "env_kwargs", "norm_obs", "norm_reward", "hidden_size", "bound_mean"
-            for name in fixed:
+            for name in (*fixed, "surrogate"):
                 old, new = getattr(saved, name), getattr(args, name)
                 refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)

@@ -763,7 +763,7 @@ def main() -> None:
         if path := args.evaluate or args.resume:
             agent, saved = load_agent(path, "cpu")
             args = tyro.cli(Args, default=replace(saved, cuda=saved.cuda and not args.evaluate))
-            for name in ("env_id", "env_kwargs", "norm_obs", "hidden_size"):
+            for name in ("env_id", "env_kwargs", "norm_obs", "hidden_size", "surrogate"):
                 old, new = getattr(saved, name), getattr(args, name)
                 refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)

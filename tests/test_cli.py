@@ -44,9 +44,13 @@ def assert_refused(result, in_tmp, *words):
         ("--checkpoint-interval", "0", "from 1"),
         ("--eval-episodes", "-1", "from 0"),
         ("--seed", "-1", "from 0 to 9223372036854775807"),
+        ("--log-std-init", "200", "from -20 to 20"),
+        ("--step-timeout", "0", "from 0.1"),
     ],
 )
 def test_numbers_out_of_range(script, main, in_tmp, flag, value, allowed):
+    if not hasattr(script.Args, flag[2:].replace("-", "_")):
+        pytest.skip("not a flag of this script")
     half = script.Args.num_envs * script.Args.num_steps // 2
     assert_refused(main(flag, value), in_tmp, flag, value, allowed.format(half=half))
 
