@@ -228,7 +228,7 @@ def comparison():
 
 def mujoco():
     """Print ours on MuJoCo beside Stable-Baselines3's and what others have published."""
-    print("| task | ours | SB3, defaults | best published, v2 to v4 | SLM-Lab, v5, 4M to 10M |")
+    print("| task | ours | SB3, defaults | best published, v2 to v4, 1M | SLM-Lab, v5, 4M to 10M |")
     print("|" + " --- |" * 5)
     for name in MUJOCO:
         if ours := records(name):
