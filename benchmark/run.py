@@ -85,7 +85,7 @@ BOX2D = {
 # One set of flags for all tasks of MuJoCo.
 MUJOCO_FLAGS = (
     "--total-timesteps 1000000 --num-envs 64 --num-steps 32 --num-minibatches 32 "
-    "--learning-rate 3e-4 --gae-lambda 0.9 --ent-coef 0 --log-std-init -0.5 --no-bound-mean"
+    "--learning-rate 3e-4 --gae-lambda 0.95 --ent-coef 0 --log-std-init -0.5 --no-bound-mean"
 )
 TASKS = (
     "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Swimmer-v5", "Humanoid-v5",
