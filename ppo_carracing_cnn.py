@@ -115,7 +115,7 @@ class Args:
 def make_env(args: Args, training: bool = True, render_mode: str | None = None) -> gym.Env:
     """One CarRacing as the agent sees it; in training, episodes without progress are truncated."""
     kwargs = {"domain_randomize": args.domain_randomize} | parse_env_kwargs(args)
-    kwargs |= {"render_mode": render_mode} if render_mode else {}
+    kwargs["render_mode"] = render_mode
     if args.stock_renderer or render_mode == "human":
         env = gym.make(args.env_id, disable_env_checker=True, **kwargs)
     else:
@@ -182,7 +182,7 @@ def lap_state(env):
     ahead = np.array([point[2:] for point in env.track]) - env.car.hull.position
     place, tiles = np.hypot(*ahead.T).argmin(), len(env.track)
     missing = np.flatnonzero([not tile.road_visited for tile in env.road])
-    distance = ((missing - place) % tiles).min(initial=tiles) if len(missing) else 0
+    distance = ((missing - place) % tiles).min() if len(missing) else 0
     behind = np.count_nonzero(missing < place)
     time, visited = env.t * car_racing.FPS / 1000, 1 - len(missing) / tiles
     counts = min(len(missing), 10) / 10, min(behind, 10) / 10
@@ -247,8 +247,8 @@ class LazyCarRacing(car_racing.CarRacing):
     def _render_road(self, zoom, translation, angle):
         """Draw grass and road as CarRacing does, without the polygons that are out of sight."""
         if self.polygons is None:
-            grass = [(corners, self.grass_color) for corners in grass_squares()]
-            self.polygons = grass + self.road_poly
+            self.polygons = [(square, self.grass_color) for square in grass_squares()]
+            self.polygons += self.road_poly
             self.corners = np.array([corners for corners, _ in self.polygons]).transpose(2, 0, 1)
             self.centers = self.corners.mean(2)
             self.radii = np.hypot(*(self.corners - self.centers[..., None])).max(1)
@@ -289,7 +289,6 @@ def make_canvases() -> tuple[pygame.Surface, pygame.Surface]:
     return pygame.Surface(size), pygame.Surface(size)
 
 
-@cache
 def grass_squares() -> list:
     """The corners of the light squares in the grass, in CarRacing's order."""
     size = car_racing.GRASS_DIM
@@ -345,11 +344,13 @@ class ProcessVectorEnv(AsyncVectorEnv):
             problem = "died"
         except Exception as error:
             problem = f"raised {error!r}"
+        self.close()
+        raise ChildProcessError(f"the process of an environment {problem}")
+
+    def close_extras(self, **kwargs):
         for process in self.processes:
             process.kill()
             process.join()
-        self.closed = True
-        raise ChildProcessError(f"the process of an environment {problem}")
 
 
 def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
@@ -513,15 +514,11 @@ def collect_rollout(agent, envs, next_obs, args, device):
 
     `next_obs` is what `envs.reset` or the previous rollout returned. ValueError if `envs` is not in
     autoreset mode SAME_STEP.
-
-    Returns:
-        (rollout, next_obs)
     """
     if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
         raise ValueError("envs must be made with autoreset_mode=AutoresetMode.SAME_STEP")
     shape, space, final_obs = (args.num_steps, envs.num_envs), envs.single_action_space, []
-    obs_shape = envs.single_observation_space.shape
-    obs = torch.zeros(*shape, *obs_shape, dtype=torch.uint8, device=device)
+    obs = torch.as_tensor(np.zeros((shape[0], *next_obs.shape), next_obs.dtype), device=device)
     actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
     logprobs, values = torch.zeros(2, *shape, device=device)
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
@@ -624,6 +621,7 @@ def train(args: Args) -> dict:
     return report(args, agent, run, progress, device)
 
 
+@torch.no_grad()
 def act(agent, envs, obs, device):
     """Deterministic actions of the agent, (num_envs,), or random ones if it is None."""
     if agent is None:
@@ -647,7 +645,7 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
     seeds = rng.integers(2**31, 2**32, returns.shape).tolist()  # those of training are below 2**31
     envs.action_space.seed(int(rng.integers(2**31)))
     envs.set_attr("blind", agent is None)
-    with tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
+    with closing(envs), tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
         for i in range(rounds):
             obs, playing = envs.reset(seed=seeds[i])[0], np.ones(args.num_envs, bool)
             while playing.any():
@@ -655,7 +653,6 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
                 returns[i] += np.where(playing, rewards, 0)
                 bar.update(int((playing & (terminated | truncated)).sum()))
                 playing &= ~(terminated | truncated)
-    envs.close()
     return returns.flatten()[:episodes]
 
 
@@ -798,7 +795,8 @@ def open_run(args, progress, total_steps):
         import wandb
 
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
-    run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
+    run = SimpleNamespace(folder=folder, started=time.perf_counter())
+    run.checkpoint = torch.load(args.resume, "cpu", weights_only=True) if args.resume else None
     run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
     run.writer = SummaryWriter(folder)  # makes the folder

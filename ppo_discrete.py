@@ -484,7 +484,7 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
     rng, returns = np.random.default_rng(seed), np.zeros((rounds, args.num_envs))
     seeds = rng.integers(2**31, 2**32, returns.shape).tolist()  # those of training are below 2**31
     envs.action_space.seed(int(rng.integers(2**31)))
-    with tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
+    with closing(envs), tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
         for i in range(rounds):
             obs, playing = envs.reset(seed=seeds[i])[0], np.ones(args.num_envs, bool)
             while playing.any():
@@ -492,7 +492,6 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
                 returns[i] += np.where(playing, rewards, 0)
                 bar.update(int((playing & (terminated | truncated)).sum()))
                 playing &= ~(terminated | truncated)
-    envs.close()
     return returns.flatten()[:episodes]
 
 
@@ -644,7 +643,8 @@ def open_run(args, progress, total_steps):
         import wandb
 
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
-    run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
+    run = SimpleNamespace(folder=folder, started=time.perf_counter())
+    run.checkpoint = torch.load(args.resume, "cpu", weights_only=True) if args.resume else None
     run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
     run.writer = SummaryWriter(folder)  # makes the folder

@@ -221,7 +221,8 @@ class WorkerVectorEnv(VectorEnv):
             theirs.close()  # so that the pipe ends with the worker
 
     def reset(self, *, seed, options=None):
-        self.arrays["reset_seed"][:] = seed
+        seeds = seed if np.ndim(seed) else seed + np.arange(self.num_envs)
+        self.arrays["reset_seed"][:] = seeds
         self.exchange(b"reset")
         return self.arrays["obs"], {}
 
@@ -587,7 +588,8 @@ def update(agent, optimizer, rollout, advantages, returns, args):
 
     All ranks average their gradients, and so make the same steps.
 
-    Returns the mean of each metric over the minibatches and ranks, floats.
+    Returns the mean of each metric over the minibatches and ranks (explained_variance: of this
+    rank), floats.
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
@@ -603,8 +605,7 @@ def update(agent, optimizer, rollout, advantages, returns, args):
             new_logprobs, logprobs[mb], mb_advantages, new_values, values[mb], returns[mb],
             entropy, args.clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss)  # fmt: skip
         history.append(metrics)
-        kl = metrics["approx_kl"] if args.target_kl is None else all_mean(metrics["approx_kl"])
-        if args.target_kl is not None and kl > 1.5 * args.target_kl:
+        if args.target_kl is not None and all_mean(metrics["approx_kl"]) > 1.5 * args.target_kl:
             break  # before a step that would increase it
         optimizer.zero_grad()
         loss.backward()
@@ -663,12 +664,12 @@ def train(args: Args) -> dict | None:
     for parameter in agent.parameters():  # other machines may have rounded others
         all_mean(parameter.data)
     next_obs = reset_envs(envs, args, progress.iteration)
-    batch_size, stopping = args.num_envs * args.num_steps * WORLD_SIZE, False
+    batch_size = args.num_envs * args.num_steps * WORLD_SIZE
     total_steps = math.ceil(args.total_timesteps / batch_size) * batch_size
 
     opened = open_run(args, progress, total_steps) if RANK == 0 else nullcontext()
     with catch_signals() as stopped, closing(envs), opened as run:
-        while progress.global_step < total_steps and not stopping:
+        while not any_rank(stopped) and progress.global_step < total_steps:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / total_steps if args.anneal_lr else 1.0
             for group in optimizer.param_groups:
@@ -695,7 +696,6 @@ def train(args: Args) -> dict | None:
                 run.checkpoint = snapshot(args, agent, optimizer, progress)
                 if progress.iteration % args.checkpoint_interval == 0:
                     save_checkpoint(run)
-            stopping = any_rank(stopped)
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:
@@ -734,7 +734,7 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
     rng, returns = np.random.default_rng(seed), np.zeros((rounds, args.num_envs))
     seeds = rng.integers(2**31, 2**32, returns.shape).tolist()  # those of training are below 2**31
     envs.action_space.seed(int(rng.integers(2**31)))
-    with tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
+    with closing(envs), tqdm(total=returns.size, unit="episode", delay=3, leave=False) as bar:
         for i in range(rounds):
             obs, playing = envs.reset(seed=seeds[i])[0], np.ones(args.num_envs, bool)
             while playing.any():
@@ -742,7 +742,6 @@ def evaluate(agent, args, episodes, seed, device) -> np.ndarray:
                 returns[i] += np.where(playing, rewards, 0)
                 bar.update(int((playing & (terminated | truncated)).sum()))
                 playing &= ~(terminated | truncated)
-    envs.close()
     return returns.flatten()[:episodes]
 
 
@@ -774,14 +773,14 @@ def check_args(args):
     """BadInput, which names the flag, if `args` cannot work. Resets and steps an environment."""
     at_least = {"seed": 0, "eval_episodes": 0, "num_workers": 0, "step_timeout": 0.1}
     at_least |= {"num_steps": 2 if args.num_envs == 1 else 1, "log_std_init": -20}
-    at_most = {"gamma": 1, "gae_lambda": 1, "log_std_init": 20}
+    at_most = {"gamma": 1, "gae_lambda": 1, "log_std_init": 20, "step_timeout": 1e6}
     at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low = at_least.get(name, 1 if type(value) is int else 0)
             high, flag = at_most.get(name, sys.maxsize), f"--{name.replace('_', '-')}"
             refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
-    refuse(args.cuda and LOCAL_RANK >= torch.cuda.device_count(), "--cuda needs a GPU per process")
+    refuse(args.cuda and LOCAL_SIZE > torch.cuda.device_count(), "--cuda needs a GPU per process")
     refuse(args.evaluate and WORLD_SIZE > 1, "--evaluate is for one process, without torchrun")
     no_wandb = args.track and not args.evaluate and not find_spec("wandb")
     refuse(no_wandb, "--track needs wandb: pip install wandb")
@@ -908,7 +907,8 @@ def open_run(args, progress, total_steps):
         import wandb
 
         wandb.init(name=folder.name, config=vars(args), sync_tensorboard=True)
-    run = SimpleNamespace(folder=folder, started=time.perf_counter(), checkpoint=None)
+    run = SimpleNamespace(folder=folder, started=time.perf_counter())
+    run.checkpoint = torch.load(args.resume, "cpu", weights_only=True) if args.resume else None
     run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
     run.writer = SummaryWriter(folder)  # makes the folder

@@ -1,5 +1,6 @@
 """CarRacing: the same pixels as Gymnasium's, what the agent sees of them, Beta, and processes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -454,6 +455,13 @@ def test_a_process_that_raises_is_told(monkeypatch):
     envs.reset(seed=[1])
     with pytest.raises(ChildProcessError, match="process of an environment raised"):
         envs.step(np.array([["no", "number"]]))
+    assert not any(worker.is_alive() for worker in envs.processes)
+
+
+def test_environments_of_which_one_died_can_be_closed():
+    with contextlib.closing(script.make_vector_env(dataclasses.replace(TINY, num_envs=2))) as envs:
+        envs.processes[0].kill()
+        envs.processes[0].join()
     assert not any(worker.is_alive() for worker in envs.processes)
 
 

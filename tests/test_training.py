@@ -604,6 +604,14 @@ def test_resume_continues_with_the_saved_state(script, half, main, record_update
     assert json.loads((newest().parent / "result.json").read_text())["resumes"] == 1
 
 
+def test_resume_of_a_finished_run_evaluates_it(half, main, record_updates):
+    saved = load(half)
+    code, _, errors = main("--resume", half)
+    assert code == 0 and not record_updates, errors
+    assert_same_weights(load(newest())["agent"], saved["agent"])
+    assert newest() != half and (newest().parent / "result.json").exists()
+
+
 @ONCE
 def test_resume_draws_new_noise(script, small, toy, main, record_updates):
     """The environments of a resumed run are not those that the run began with."""
