@@ -46,6 +46,22 @@ def test_networks_are_the_usual_ones(agent):
     torch.testing.assert_close(agent.get_value(obs), output(hidden).squeeze(-1))
 
 
+@only("ppo_multienv")
+def test_the_shared_body_is_the_usual_one(script, action_space, agent):
+    """Two layers of tanh units, written out; orthogonal weights at the start."""
+    new = script.Agent(OBS_SPACE, action_space)
+    first, _, second, _ = new.body
+    scales = (first, 2**0.5), (second, 2**0.5), (new.actor[0], 0.01), (new.critic, 1.0)
+    for layer, scale in scales:
+        singular_values = torch.linalg.svdvals(layer.weight)
+        torch.testing.assert_close(singular_values, torch.full_like(singular_values, scale))
+        assert not layer.bias.any()
+    obs, (first, _, second, _) = torch.randn(6, 3), agent.body
+    hidden = torch.tanh(second(torch.tanh(first(obs))))
+    torch.testing.assert_close(agent.get_value(obs), agent.critic(hidden).squeeze(-1))
+    torch.testing.assert_close(agent.get_policy(obs).probs, agent.actor(hidden).softmax(-1))
+
+
 def test_interface(agent):
     """CleanRL's get_action_and_value, forward, and their parts agree and keep the batch's shape."""
     obs = torch.randn(5, 7, 3)

@@ -1,6 +1,7 @@
 """CarRacing: the same pixels as Gymnasium's, what the agent sees of them, Beta, and processes."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.envs.box2d.car_racing import CarRacing
+from test_update import SETTINGS, written_out
 from torch import nn
 
 import ppo_carracing_cnn as script
@@ -337,6 +339,231 @@ def test_rollouts_of_both_renderers_are_the_same():
     ended = rollouts[0].truncations[:-1]
     following = torch.isclose(rollouts[0].next_values[:-1], rollouts[0].values[1:])
     assert following[~ended].all() and not following[ended].any()
+
+
+class Scripted:
+    """Two environments without processes: the first ends after 3 steps, the second after 5.
+
+    The first is truncated, the second terminates; a step is worth its number, and its pictures are
+    of one color, which no two steps share.
+    """
+
+    num_envs, blind = 2, None
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
+    single_observation_space = spaces.Box(0, 255, (97, 96, 4), np.uint8)
+    single_action_space = spaces.Box(0, 1, (2,))
+
+    def __init__(self, *_, **settings):
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, 2)
+        self.actions, self.total = [], 0
+
+    def set_attr(self, name, value):
+        assert name == "blind"
+        self.blind = value
+
+    def observe(self):
+        self.total += 1
+        obs = np.zeros((2, 97, 96, 4), np.uint8)
+        obs[:] = np.array([2 * self.total, 2 * self.total + 1]).reshape(2, 1, 1, 1)
+        return obs
+
+    def reset(self, *, seed):
+        self.steps = np.zeros(2, int)
+        return self.observe(), {}
+
+    def step(self, actions):
+        self.actions.append(actions.copy())
+        self.steps += 1
+        rewards, ended = self.steps.astype(float), self.steps == (3, 5)
+        terminated, truncated = ended & (False, True), ended & (True, False)
+        infos = {"final_obs": self.observe(), "_final_obs": ended}
+        self.steps[ended] = 0
+        obs = np.where(ended.reshape(2, 1, 1, 1), self.observe(), infos["final_obs"])
+        return obs, rewards, terminated, truncated, infos
+
+    def close(self):
+        pass
+
+
+def test_rollout_holds_what_was_seen_and_reached():
+    """And next values are of the observation reached: the final one where it was truncated."""
+    agent, envs = make_agent(), Scripted()
+    rollout, _ = script.collect_rollout(agent, envs, envs.reset(seed=[1, 2])[0], TINY, CPU)
+    again = Scripted()
+    obs, _ = again.reset(seed=[1, 2])
+    for t in range(8):
+        assert np.array_equal(rollout.obs[t].numpy(), obs)
+        assert np.array_equal(rollout.actions[t].numpy(), envs.actions[t])
+        obs, rewards, terminated, truncated, infos = again.step(envs.actions[t])
+        assert rollout.rewards[t].tolist() == rewards.tolist()
+        assert rollout.terminations[t].tolist() == terminated.tolist()
+        assert rollout.truncations[t].tolist() == truncated.tolist()
+        reached = np.where(truncated.reshape(2, 1, 1, 1), infos["final_obs"], obs)
+        with torch.no_grad():
+            _, logprobs, _, values = agent.get_action_and_value(rollout.obs[t], rollout.actions[t])
+            next_values = agent.get_value(torch.from_numpy(reached))
+        torch.testing.assert_close(rollout.logprobs[t], logprobs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rollout.values[t], values, rtol=1e-4, atol=1e-5)
+        used = ~rollout.terminations[t]
+        torch.testing.assert_close(
+            rollout.next_values[t][used], next_values[used], rtol=1e-4, atol=1e-5
+        )
+    assert rollout.truncations.sum() == 2 and rollout.terminations.sum() == 1
+
+
+@pytest.mark.parametrize("plays", ["agent", "nobody"])
+def test_evaluation_counts_each_episode_once(monkeypatch, plays):
+    """Not what follows in the environment that ended first; nobody looks at no pictures."""
+    made = []
+    monkeypatch.setattr(
+        script, "make_vector_env", lambda *_, **__: made.append(Scripted()) or made[0]
+    )
+    agent = make_agent() if plays == "agent" else None
+    assert script.evaluate(agent, TINY, 2, 1, CPU).tolist() == [1 + 2 + 3, 1 + 2 + 3 + 4 + 5]
+    (envs,) = made
+    assert envs.blind is (agent is None)
+    if agent is not None:
+        seen = Scripted()
+        obs, _ = seen.reset(seed=[1, 2])
+        for actions in envs.actions:
+            with torch.no_grad():
+                expected = agent.get_deterministic_action(torch.from_numpy(obs)).numpy()
+            np.testing.assert_allclose(actions, expected, atol=1e-5)
+            obs = seen.step(actions)[0]
+
+
+def random_rollout(agent):
+    """A rollout of 3 x 4 transitions, with the agent's own probabilities and values."""
+    obs = torch.randint(0, 256, (3, 4, 97, 96, 4), dtype=torch.uint8)
+    with torch.no_grad():
+        actions, logprobs, _, values = agent.get_action_and_value(obs.flatten(0, 1))
+    rest = torch.zeros(3, 4), torch.zeros(3, 4), *torch.zeros(2, 3, 4, dtype=torch.bool)
+    tensors = (tensor.unflatten(0, (3, 4)) for tensor in (actions, logprobs, values))
+    return script.Rollout(obs, *tensors, *rest)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(max_grad_norm=1e9),
+        dict(max_grad_norm=0.1),
+        dict(norm_adv=False, max_grad_norm=1e9),
+        dict(clip_vloss=True, max_grad_norm=1e9, clip_coef=0.02),
+    ],
+)
+def test_update_equals_the_one_written_out(changes):
+    args = dataclasses.replace(TINY, **SETTINGS | changes)
+    agent = make_agent()
+    expected, rollout = copy.deepcopy(agent), random_rollout(agent)
+    advantages, returns = torch.randn(2, 3, 4) + 1
+    lr = 0.01 / min(args.max_grad_norm, 1)
+    optimizers = [torch.optim.SGD(a.parameters(), lr) for a in (agent, expected)]
+    written_out(expected, optimizers[1], rollout, advantages, returns, args, 1.0)
+    means = script.update(agent, optimizers[0], rollout, advantages, returns, args)
+    moved = False
+    start = make_agent().parameters()
+    for ours, theirs, before in zip(agent.parameters(), expected.parameters(), start, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        moved |= (ours - before).abs().max().item() > 2e-4
+    assert moved
+    explained = 1 - ((returns - rollout.values).var() / returns.var()).item()
+    assert means["explained_variance"] == pytest.approx(explained, rel=1e-4, abs=1e-4)
+
+
+def test_target_kl_stops_before_the_step():
+    agent = make_agent()
+    optimizer = torch.optim.Adam(agent.parameters(), 0.01)
+    args = dataclasses.replace(TINY, target_kl=1e-4, num_minibatches=1, update_epochs=5)
+    advantages, returns = torch.randn(2, 3, 4)
+    script.update(agent, optimizer, random_rollout(agent), advantages, returns, args)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """`train` and `main` on the scripted environments; the list of what `update` was given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "make_vector_env", Scripted)
+    calls, update = [], script.update
+
+    def spy(agent, optimizer, rollout, advantages, returns, args):
+        weights = copy.deepcopy(agent.state_dict())
+        calls.append((weights, optimizer.param_groups[0]["lr"], rollout, args))
+        return update(agent, optimizer, rollout, advantages, returns, args)
+
+    monkeypatch.setattr(script, "update", spy)
+    return calls
+
+
+def test_same_seed_same_weights(scripted):
+    weights = [
+        script.load_agent(f"{script.train(args)['run_dir']}/agent.pt", CPU)[0].actor[-1].weight
+        for args in (TINY, TINY, dataclasses.replace(TINY, seed=2))
+    ]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    rates = [rate for _, rate, *_ in scripted]
+    assert rates[:3] == pytest.approx([TINY.learning_rate * left / 3 for left in (3, 2, 1)])
+    script.train(dataclasses.replace(TINY, anneal_lr=False))
+    assert {rate for _, rate, *_ in scripted[-3:]} == {TINY.learning_rate}
+
+
+def test_weights_that_are_no_numbers_are_not_saved(scripted, monkeypatch):
+    update = script.update
+
+    def spoil(agent, *inputs):
+        means = update(agent, *inputs)
+        if len(scripted) == 2:
+            agent.critic[-1].weight.data.fill_(torch.nan)
+        return means
+
+    monkeypatch.setattr(script, "update", spoil)
+    with pytest.raises(FloatingPointError, match="critic"):
+        script.train(TINY)
+    (path,) = Path().glob("runs/*/agent.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["progress"]["iteration"] == 1
+    assert all(weight.isfinite().all() for weight in checkpoint["agent"].values())
+
+
+def test_resume_goes_on_with_the_settings_of_the_checkpoint(scripted, monkeypatch, capsys):
+    args = dataclasses.replace(TINY, learning_rate=0.003, anneal_lr=False, seed=7)
+    path = f"{script.train(args)['run_dir']}/agent.pt"
+    saved = torch.load(path, weights_only=True)
+    scripted.clear()
+
+    def command(*flags):
+        monkeypatch.setattr(sys, "argv", ["ppo_carracing_cnn", *map(str, flags)])
+        script.main()
+
+    command("--resume", path, "--total-timesteps", 80)
+    assert len(scripted) == 2
+    weights, rate, _, resumed = scripted[0]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved["agent"].items())
+    assert rate == 0.003 and resumed.seed == 7 and resumed.num_steps == 8
+    for flags in (("--action-repeat", 5), ("--frame-stack", 3), ("--env-kwargs", "verbose=True")):
+        with pytest.raises(SystemExit) as stop:
+            command("--resume", path, *flags)
+        assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+    played = []
+    monkeypatch.setattr(
+        script, "evaluate", lambda agent, args, n, seed, _: played.append((n, seed)) or np.ones(n)
+    )
+    command("--evaluate", path)
+    command("--evaluate", path, "--eval-episodes", 3)
+    assert played == [(100, 7), (3, 7)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_not_ignored(scripted):
+    with pytest.raises((AssertionError, AttributeError, RuntimeError), match=r"cuda|CUDA|NVIDIA"):
+        script.train(dataclasses.replace(TINY, cuda=True))
+
+
+def test_flags_reach_the_environment():
+    env = script.make_env(dataclasses.replace(TINY, domain_randomize=True))
+    assert env.unwrapped.domain_randomize and not script.make_env(TINY).unwrapped.domain_randomize
+    assert env.max_steps_without_progress == 5
+    assert script.make_env(TINY, training=False).max_steps_without_progress == np.inf
 
 
 def test_run_from_beginning_to_end(tmp_path, monkeypatch, capsys):

@@ -64,6 +64,20 @@ def test_other_files_are_refused(script, main, in_tmp, content):
         assert errors.startswith("error: ") and "other.pt" in errors
 
 
+class Treacherous:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("treason", "w")
+
+
+def test_code_in_a_file_is_not_run(script, in_tmp):
+    torch.save({"script": script.__name__, "args": Treacherous()}, in_tmp / "other.pt")
+    with pytest.raises(ValueError):
+        script.load_agent(in_tmp / "other.pt", CPU)
+    assert not (in_tmp / "treason").exists()
+
+
 def test_checkpoint_of_another_script_is_refused_by_name(script, trained, in_tmp):
     torch.save(load(trained.path) | {"script": "ppo_other"}, in_tmp / "other.pt")
     with pytest.raises(ValueError, match="ppo_other"):

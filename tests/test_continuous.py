@@ -149,6 +149,24 @@ def test_reward_scaler_equals_two_passes_in_float64(script, chunks):
     assert scaler(torch.tensor([1e6, -1e6, 0.0])).tolist() == [10, -10, 0]
 
 
+def test_log_std_init_of_a_run(script, box, record_updates):
+    script.train(dataclasses.replace(box, total_timesteps=64, log_std_init=-1.5))
+    assert record_updates[0].weights["log_std"].tolist() == [-1.5]
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "StaggeredBox-v0"])
+def test_rewards_are_scaled_by_returns_of_episodes(script, box, record_updates, env_id):
+    """Which end by truncation (Pendulum), or half of them in terminal states."""
+    args = dataclasses.replace(box, env_id=env_id, env_kwargs=(), norm_reward=True)
+    script.train(dataclasses.replace(args, total_timesteps=192))
+    scaler = script.RewardScaler()
+    for call in record_updates:
+        dones = call.rollout.terminations | call.rollout.truncations
+        assert call.rollout.terminations.any() == (env_id != "Pendulum-v1")
+        scaler.update(call.rollout.rewards, dones, args.gamma)
+        assert call.weights["scale_rewards.var"] == pytest.approx(scaler.var)
+
+
 def test_advantages_are_of_scaled_rewards(script, box, record_updates):
     """Logged and stored returns stay the environment's own."""
     args = dataclasses.replace(box, norm_reward=True, norm_obs=True, total_timesteps=192)

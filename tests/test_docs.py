@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import ROOT, SCRIPTS, only
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -293,6 +294,16 @@ def test_tables_are_those_of_the_records(capsys):
     run.commands()
     for line in capsys.readouterr().out.splitlines():
         assert line in PAGES["benchmark/README.md"], "printed by `python benchmark/run.py`"
+
+
+@pytest.mark.parametrize("name", [row for row in run.ROWS if run.records(row)])
+def test_records_are_of_the_commands(name):
+    """With the flags' present defaults."""
+    script, *flags = run.ROWS[name][1].split()
+    module = importlib.import_module(script.removesuffix(".py"))
+    now = json.loads(json.dumps(dataclasses.asdict(tyro.cli(module.Args, args=flags))))
+    for record in run.records(name):
+        assert now == record["args"] | {"seed": 1}
 
 
 SMALL_ROWS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1"]

@@ -8,7 +8,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ONCE, playing
+from conftest import ONCE, only, playing
+from gymnasium import spaces
 
 TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"  # by Gymnasium's version
 
@@ -73,6 +74,14 @@ def test_arguments_reach_the_environment(script, small):
     )
     env = script.make_env(args)
     assert env.unwrapped._sutton_barto_reward is True and env.spec.max_episode_steps == 7
+
+
+@only("ppo_discrete", "ppo_multienv")
+def test_actions_that_count_from_five(script):
+    env = script.make_env(script.Args(env_id="CountsFromFive-v0"))
+    env.reset(seed=1)
+    assert env.action_space == spaces.Discrete(2)
+    assert [env.step(action)[1] for action in (0, 1)] == [0, 1]
 
 
 @ONCE

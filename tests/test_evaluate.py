@@ -134,7 +134,6 @@ def test_environments_are_made_for_evaluation(script, small, monkeypatch):
     assert made == [(4, False, None), (1, False, "human")]
 
 
-@ONCE
 def test_episode_without_end_is_cut_at_10_000_steps(script, small, toy):
     args = dataclasses.replace(small, **toy("WithoutLimit"), num_envs=1)
     assert script.evaluate(None, args, 1, 1, CPU).tolist() == [10_000]
@@ -162,9 +161,9 @@ def test_render(trained, main):
     assert code == 0 and "over 1 episodes" in output, errors
 
 
-@ONCE
-def test_command_plays_100_episodes(script, small, main):
+def test_command_plays_100_episodes(script, small, main, monkeypatch):
     """The checkpoint of a run without evaluation does not hold their number."""
+    monkeypatch.setattr(script, "evaluate", lambda agent, args, episodes, *_: np.ones(episodes))
     result = script.train(dataclasses.replace(small, total_timesteps=64))
     path = f"{result['run_dir']}/agent.pt"
     assert load(path)["args"]["eval_episodes"] == 0

@@ -100,6 +100,10 @@ def test_weights_are_equal_on_all_ranks_after_every_step(in_tmp, torchrun):
     assert checkpoint["progress"]["global_step"] == 1024
     assert checkpoint["agent"]["normalize.count"] == 1024, "the moments are of all ranks' steps"
     assert checkpoint["agent"]["scale_rewards.count"] == 1024
+    episodes = checkpoint["progress"]["episodes"]
+    assert all(total == length for _, total, length in episodes), "as CartPole pays"
+    assert {(step - 1) % 8 for step, *_ in episodes} == set(range(8)), "of all environments"
+    assert len({step for step, *_ in episodes}) == len(episodes) > 20
 
 
 COMPARE = """
@@ -135,6 +139,17 @@ expected = [both(w.grad.unsqueeze(0)).mean(0) for w in model.parameters()]
 ppo_multienv.average_gradients(model)
 for weight, gradient in zip(model.parameters(), expected):
     torch.testing.assert_close(weight.grad, gradient)
+
+advantages = torch.randn(30) * (1 + rank) + 5 * rank
+for batch, mean, std in ppo_multienv.minibatches_and_moments(advantages, args):
+    everything = both(advantages[batch])
+    assert len(everything) == 20
+    torch.testing.assert_close(mean, everything.mean())
+    torch.testing.assert_close(std, everything.std())
+
+rewards = torch.randn(5, 3)
+gathered = ppo_multienv.all_gather(rewards)
+assert torch.equal(gathered, both(rewards.unsqueeze(0)).transpose(0, 1).flatten(1))
 dist.destroy_process_group()
 """
 
@@ -179,13 +194,16 @@ def test_death_of_one_ends_all(in_tmp, torchrun, victim):
     ppo_multienv.load_agent(path, "cpu")
 
 
-def test_signal_to_torchrun_saves(in_tmp, torchrun):
+@pytest.mark.parametrize("target", ["torchrun", "one rank"])
+def test_signal_saves(in_tmp, torchrun, target):
     process = torchrun(2, ROOT / "ppo_multienv.py", *ENDLESS, "--checkpoint-interval", "1000000")
     wait_until(lambda: list(in_tmp.glob("runs/*/events*")), process)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    ranks = children_of(process.pid)
+    os.kill(process.pid if target == "torchrun" else ranks[1], signal.SIGTERM)
     code, output, errors = finish(process)
     assert code != 0 and "--resume" in output, errors
+    assert "gone or silent" not in errors
     (path,) = in_tmp.glob("runs/*/agent.pt")
     ppo_multienv.load_agent(path, "cpu")
 

@@ -370,7 +370,12 @@ def test_tensorboard(trained):
     assert len(scalars(trained.folder, "charts/episodic_length")) > 0
 
 
-@ONCE
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_not_ignored(script, small):
+    with pytest.raises((AssertionError, AttributeError, RuntimeError), match=r"cuda|CUDA|NVIDIA"):
+        script.train(dataclasses.replace(small, cuda=True))
+
+
 def test_explained_variance(script, small, record_updates):
     """1 - Var(return - V) / Var(return), of the values that the rollout was collected with."""
     result = script.train(dataclasses.replace(small, total_timesteps=128))
@@ -601,7 +606,11 @@ def test_resume_continues_with_the_saved_state(script, half, main, record_update
     assert before == {path: path.read_bytes() for path in half.parent.iterdir()}
     steps = [step for step, _ in scalars(newest().parent, "losses/entropy")]
     assert steps == list(range(320, 513, 64))
-    assert json.loads((newest().parent / "result.json").read_text())["resumes"] == 1
+    result = json.loads((newest().parent / "result.json").read_text())
+    assert result["resumes"] == 1
+    seconds, earlier = result["curve"]["seconds"], saved["progress"]["learning_seconds"]
+    assert seconds[3] == earlier < seconds[4] and seconds == sorted(seconds)
+    assert result["learning_seconds"] == seconds[-1]
 
 
 def test_resume_of_a_finished_run_evaluates_it(half, main, record_updates):
@@ -612,7 +621,6 @@ def test_resume_of_a_finished_run_evaluates_it(half, main, record_updates):
     assert newest() != half and (newest().parent / "result.json").exists()
 
 
-@ONCE
 def test_resume_draws_new_noise(script, small, toy, main, record_updates):
     """The environments of a resumed run are not those that the run began with."""
     args = dataclasses.replace(small, **toy("Toy"), total_timesteps=64)

@@ -75,6 +75,14 @@ def test_same_rollout_with_and_without_workers(script, small):
     assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
 
 
+def test_environments_that_are_rendered_are_in_this_process(script, small):
+    args = dataclasses.replace(small, num_workers=2, num_envs=1)
+    envs = script.make_vector_env(args, training=False, render_mode="rgb_array")
+    envs.reset(seed=[1])
+    assert envs.render()[0].ndim == 3
+    envs.close()
+
+
 def test_numpys_global_generator_follows_from_the_seed(open_workers):
     envs = open_workers("GloballyRandom-v0")
     runs = []
