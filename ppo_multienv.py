@@ -271,7 +271,7 @@ def run_worker(pipe, others, env_fns, space, memory, part):
                     obs, _ = env.reset(seed=int(arrays["reset_seed"][i]))
                 else:
                     obs, arrays["reward"][i], *ended, _ = env.step(arrays["action"][i])
-                    arrays["ended"][i] = ended
+                    arrays["ended"][i, 0], arrays["ended"][i, 1] = ended
                     if any(ended):
                         arrays["final_obs"][i] = obs
                         obs, _ = env.reset()
@@ -289,7 +289,8 @@ def await_message(pipe):
     """
     deadline = time.perf_counter() + 0.002
     while not pipe.poll() and time.perf_counter() < deadline:
-        time.sleep(0)  # lets the other processes of this core run
+        if hasattr(os, "sched_yield"):
+            os.sched_yield()  # lets the other processes of this core run
     with suppress(EOFError, ConnectionError):
         return pipe.recv_bytes()
 
