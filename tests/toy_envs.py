@@ -305,6 +305,10 @@ class WrongLengthInDict(Toy):
 class WithoutLimit(Toy):
     """Never ends."""
 
+    def reward(self, action):
+        assert self.steps < 20_000, "played without end"
+        return 1.0
+
 
 class RaisesInInit(Toy):
     def __init__(self):
