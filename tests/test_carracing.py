@@ -232,6 +232,17 @@ def test_pixels_are_divided_by_255_and_inputs_left_alone():
     assert len(seen) == 2, "hooks are called"
 
 
+def test_the_critics_numbers_are_scaled():
+    """From 0 to 255, to -4 to 4; the frames' features come before them."""
+    agent, seen = make_agent(), []
+    agent.critic.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    obs = random_obs(2)
+    obs[0, 96], obs[1, 96] = 0, 255
+    agent.get_value(obs)
+    assert seen[0].shape == (2, 1606)
+    assert seen[0][:, -6:].tolist() == [[-4.0] * 6, [255 / 32 - 4] * 6]
+
+
 def test_forward_runs_the_body_once():
     agent, calls = make_agent(), []
     agent.body.register_forward_hook(lambda *_: calls.append(1))

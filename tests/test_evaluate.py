@@ -149,6 +149,14 @@ def test_command_repeats_the_result(trained, main, in_tmp):
     assert code == 0 and "over 7 episodes" in output
 
 
+def test_an_agent_of_a_gpu_is_evaluated_without_one(trained, main, in_tmp):
+    checkpoint = load(trained.path)
+    checkpoint["args"]["cuda"] = True
+    torch.save(checkpoint, in_tmp / "gpu.pt")
+    code, output, errors = main("--evaluate", in_tmp / "gpu.pt")
+    assert code == 0 and output.splitlines()[-1:] == trained.output.splitlines()[-1:], errors
+
+
 @ONCE
 def test_command_takes_another_number_of_environments(trained, main, script):
     code, output, _ = main("--evaluate", trained.path, "--num-envs", 2)

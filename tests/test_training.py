@@ -302,6 +302,7 @@ def test_files_of_a_run(script, trained):
 
 
 def test_result(script, trained):
+    assert "--resume" not in trained.output, "it is finished"
     result = trained.result
     written = json.loads((trained.folder / "result.json").read_text())
     assert written == json.loads(json.dumps(result, default=str))
