@@ -775,7 +775,7 @@ def check_args(args):
     at_least = {"seed": 0, "eval_episodes": 0, "num_workers": 0, "step_timeout": 0.1}
     at_least |= {"num_steps": 2 if args.num_envs == 1 else 1, "log_std_init": -20}
     at_most = {"gamma": 1, "gae_lambda": 1, "log_std_init": 20, "step_timeout": 1e6}
-    at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
+    at_most |= {"rank_timeout": 1e6, "num_minibatches": args.num_envs * args.num_steps // 2}
     for name, value in vars(args).items():
         if type(value) in (int, float):
             low = at_least.get(name, 1 if type(value) is int else 0)

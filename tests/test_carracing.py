@@ -301,6 +301,7 @@ def main(tmp_path, monkeypatch, capsys):
         (("--env-kwargs", "continuous=False"), ("--env-kwargs", "continuous")),
         (("--env-kwargs", "no_such_argument=1"), ("--env-kwargs", "no_such_argument")),
         (("--action-repeat", "0"), ("--action-repeat", "from 1")),
+        (("--step-timeout", "10000000"), ("--step-timeout", "from 0.1 to 1000000")),
         (("--reward-scale", "nan"), ("--reward-scale", "from 0")),
         (("--num-minibatches", "2049"), ("--num-minibatches", "from 1 to 2048")),
         (("--resume", "nowhere.pt"), ("nowhere.pt",)),

@@ -46,6 +46,8 @@ def assert_refused(result, in_tmp, *words):
         ("--seed", "-1", "from 0 to 9223372036854775807"),
         ("--log-std-init", "200", "from -20 to 20"),
         ("--step-timeout", "0", "from 0.1"),
+        ("--step-timeout", "10000000", "from 0.1 to 1000000"),
+        ("--rank-timeout", "10000000", "from 0 to 1000000"),
     ],
 )
 def test_numbers_out_of_range(script, main, in_tmp, flag, value, allowed):
