@@ -35,7 +35,6 @@ References:
 """
 
 import ast
-import atexit
 import copy
 import datetime
 import hashlib
@@ -52,6 +51,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,7 +210,7 @@ class WorkerVectorEnv(VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.pipes = [], []
-        atexit.register(self.close)
+        self.at_exit = Finalize(None, self.close, exitpriority=1)
         for part in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
             pipe, theirs = multiprocessing.Pipe()
             self.pipes.append(pipe)
@@ -249,7 +249,7 @@ class WorkerVectorEnv(VectorEnv):
             raise WorkerError("the process of an environment died") from None
 
     def close_extras(self, **kwargs):
-        atexit.unregister(self.close)
+        self.at_exit.cancel()
         for worker in self.workers:
             worker.kill()
             worker.join()

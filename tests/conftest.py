@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import multiprocessing.forkserver
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -183,27 +185,79 @@ def main(script, in_tmp, monkeypatch, capsys):
     return main
 
 
+class Run:
+    """A script in a process and a group of its own, like subprocess.Popen, but without a pipe.
+
+    It is forked from a server that has imported the libraries, which takes two seconds otherwise.
+    """
+
+    def __init__(self, context, logs, folder, command, environment):
+        self.logs, inputs = logs, (logs, folder, list(map(str, command)), environment)
+        self.process = context.Process(target=run_script, args=inputs)
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def read(self, name):
+        path = self.logs / name
+        return path.read_text() if path.exists() else ""
+
+    def communicate(self, timeout=60):
+        """Exit code, standard output and standard error of the process, at its end."""
+        self.process.join(timeout)
+        assert self.poll() is not None, f"still running after {timeout} s"
+        return self.poll(), self.read("stdout"), self.read("stderr")
+
+
+def run_script(logs, folder, command, environment):
+    """What the process does: the script's part as `__main__`."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment)
+    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+        os.dup2(os.open(logs / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream.fileno())
+        stream.reconfigure(line_buffering=True)  # lines are waited for
+    multiprocessing.set_start_method(None, force=True)  # for its children: the default
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    context = multiprocessing.get_context("forkserver")
+    libraries = "matplotlib.figure pygame pytest torch.distributed torch.utils.tensorboard tyro"
+    context.set_forkserver_preload([*libraries.split(), "gymnasium.envs.box2d"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 @pytest.fixture
-def start(script, in_tmp):
-    """Starts the script as a process of its own, in the empty folder; the test's end kills it."""
-    started, environment = [], {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONUNBUFFERED"] = "1"  # lines are waited for
+def start_script(forkserver, in_tmp, tmp_path_factory):
+    """Starts a script as a process of its own, in the empty folder; the test's end kills it."""
+    started = []
 
-    def start(*flags):
-        process = subprocess.Popen(
-            [sys.executable, ROOT / f"{script.__name__}.py", *map(str, flags)],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    def start_script(*command, **environment):
+        logs = tmp_path_factory.mktemp("logs")
+        started.append(Run(forkserver, logs, in_tmp, command, environment))
+        return started[-1]
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    yield start_script
+    for run in started:
+        run.kill()
+        run.process.join()
+
+
+@pytest.fixture
+def start(script, start_script):
+    """Starts the script with flags."""
+    return lambda *flags: start_script(ROOT / f"{script.__name__}.py", *flags)
 
 
 def load(path):

@@ -646,29 +646,20 @@ def wait_until(condition, seconds):
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts a run without an end, in a group of its own, and waits for its first checkpoint."""
-    started = []
+def start(tmp_path, start_script):
+    """Starts a run without an end, and waits for its first checkpoint."""
 
     def start(*flags):
         run = (
             "--num-envs", "2", "--num-steps", "8", "--total-timesteps", "1000000",
             "--num-minibatches", "2", "--update-epochs", "1", "--checkpoint-interval", "1",
         )  # fmt: skip
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "ppo_carracing_cnn.py", *run, *flags],
-            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        started.append(process)
+        process = start_script(ROOT / "ppo_carracing_cnn.py", *run, *flags)
         wait_until(lambda: list(tmp_path.glob("runs/*/agent.pt")) or process.poll(), 60)
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.read("stderr")
         return process, children_of(process.pid)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return start
 
 
 @pytest.mark.parametrize("fate", ["killed", "hanging", "orphaned"])
@@ -679,10 +670,10 @@ def test_a_process_that_fails_ends_the_run(start, tmp_path, fate):
         process.kill()
     else:
         os.kill(workers[0], signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
-    _, errors = process.communicate(timeout=30)
+    code, _, errors = process.communicate()
     if fate != "orphaned":
         problem = "died" if fate == "killed" else "gave no answer in 1 s"
-        assert process.returncode == 1 and "Traceback" not in errors
+        assert code == 1 and "Traceback" not in errors
         assert f"error: the process of an environment {problem}" in errors.splitlines()[-1]
         (saved,) = tmp_path.glob("runs/*/agent.pt")
         script.load_agent(saved, CPU)
@@ -709,8 +700,8 @@ def test_signals_end_the_run_after_the_iteration(start, tmp_path, number, code):
     """Ctrl-C reaches every process of the terminal's group: the environments must not mind."""
     process, workers = start()
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    ended, output, errors = process.communicate()
+    assert ended == code, errors
     assert "Traceback" not in errors and "--resume" in output
     (saved,) = tmp_path.glob("runs/*/agent.pt")
     script.load_agent(saved, CPU)

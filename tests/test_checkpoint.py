@@ -208,18 +208,20 @@ def wait_for(process, folder, pattern):
     for _ in range(600):
         if paths := list(folder.glob(pattern)):
             return paths[0]
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.read("stderr")
         time.sleep(0.1)
     raise AssertionError(f"no {pattern} within a minute")
 
 
 def wait_for_line(process, words):
-    """Read standard output up to the line that holds these words."""
-    lines = []
-    while not lines or words not in lines[-1]:
-        lines.append(process.stdout.readline())
-        assert lines[-1], (lines, process.communicate()[1])
-    return lines
+    """The line of standard output that holds these words."""
+    for _ in range(1200):
+        for line in process.read("stdout").splitlines(keepends=True):
+            if words in line and line.endswith("\n"):
+                return line
+        assert process.poll() is None, process.read("stderr")
+        time.sleep(0.05)
+    raise AssertionError(f"no {words!r} within a minute")
 
 
 @ONCE
@@ -231,8 +233,8 @@ def test_signals(in_tmp, start, flags, number, code):
     time.sleep(0.5)
     assert not list(in_tmp.glob("runs/*/agent.pt"))
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in errors, errors
+    ended, output, errors = process.communicate()
+    assert ended == code and "Traceback" not in errors, errors
     assert "stopping after this iteration" in output and "--resume" in output
     (path,) = in_tmp.glob("runs/*/agent.pt")
     assert load(path)["progress"]["global_step"] > 0
@@ -248,8 +250,8 @@ def test_second_signal_ends_at_once(in_tmp, start):
     wait_for_line(process, "stopping after this iteration")
     time.sleep(0.5)  # the handler has returned
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGINT and "Traceback" not in errors
+    code, _, errors = process.communicate()
+    assert code == -signal.SIGINT and "Traceback" not in errors
     assert os.listdir(in_tmp) == ["runs"]
 
 
@@ -259,11 +261,11 @@ def test_kill_at_any_time_leaves_a_good_checkpoint(script, in_tmp, start, flags,
     command, steps, rng = flags(total_timesteps=10**8, checkpoint_interval=1), [0], random.Random(0)
     for _ in range(2):
         process = start(*command)
-        folder = in_tmp / wait_for_line(process, "run folder")[-1].split()[-1]
+        folder = in_tmp / wait_for_line(process, "run folder").split()[-1]
         path = wait_for(process, folder, "agent.pt")
         before = path.stat().st_mtime_ns
         while path.stat().st_mtime_ns == before:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.poll() is None, process.read("stderr")
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
         process.kill()

@@ -98,12 +98,13 @@ def test_bad_input_through_the_real_command(script, in_tmp):
 
 
 @ONCE
-def test_real_command_trains_from_another_folder(script, in_tmp, start, flags):
+def test_real_command_trains_from_another_folder(script, in_tmp, flags):
     """From start to end, in a process of its own; the progress bar is on standard error."""
-    process = start(*flags(total_timesteps=128, eval_episodes=2))
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert output.splitlines()[-1].startswith("trained agent") and "128/128" in errors
+    command = [sys.executable, ROOT / f"{script.__name__}.py"]
+    command += flags(total_timesteps=128, eval_episodes=2)
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].startswith("trained agent") and "128/128" in run.stderr
     (folder,) = in_tmp.glob("runs/*")
     assert {"agent.pt", "agent.gif", "training.png", "result.json"} <= {
         path.name for path in folder.iterdir()

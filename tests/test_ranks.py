@@ -57,6 +57,22 @@ def finish(process):
     return process.returncode, output, errors
 
 
+@pytest.fixture
+def run_ranks(start_script):
+    """Runs a command in so many ranks, as torchrun would: each one's exit code and output."""
+
+    def run_ranks(ranks, *command):
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        runs = [
+            start_script(*command, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(ranks)
+        ]
+        return list(zip(*(run.communicate(120) for run in runs), strict=True))
+
+    return run_ranks
+
+
 SPY = """
 import hashlib, json, os, torch
 import ppo_multienv
@@ -84,17 +100,17 @@ finally:
 """
 
 
-def test_weights_are_equal_on_all_ranks_after_every_step(in_tmp, torchrun):
+def test_weights_are_equal_on_all_ranks_after_every_step(in_tmp, run_ranks):
     """One KL stop stops all."""
     Path("spy.py").write_text(SPY)
     flags = ("--norm-reward", "--target-kl", "0.0005")
-    code, output, errors = finish(torchrun(2, "spy.py", *SMALL, *flags))
-    assert code == 0, errors
+    codes, outputs, errors = run_ranks(2, "spy.py", *SMALL, *flags)
+    assert codes == (0, 0), errors
     first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["hashes"] == second["hashes"]
     assert 8 <= len(set(first["hashes"])) == len(first["hashes"]) < 8 * 8
     assert not set(first["seeds"]) & set(second["seeds"]), "ranks share no environments"
-    assert output.count("run folder") == 1 and "trained agent" in output
+    assert "run folder" in outputs[0] and "trained agent" in outputs[0] and not outputs[1]
     (path,) = in_tmp.glob("runs/*/agent.pt")
     checkpoint = load(path)
     assert checkpoint["progress"]["global_step"] == 1024
@@ -154,10 +170,10 @@ dist.destroy_process_group()
 """
 
 
-def test_statistics_and_gradients_are_those_of_all_ranks(torchrun):
+def test_statistics_and_gradients_are_those_of_all_ranks(in_tmp, run_ranks):
     Path("compare.py").write_text(COMPARE)
-    code, _, errors = finish(torchrun(2, "compare.py"))
-    assert code == 0, errors
+    codes, _, errors = run_ranks(2, "compare.py")
+    assert codes == (0, 0), errors
 
 
 def children_of(pid):
@@ -208,18 +224,15 @@ def test_signal_saves(in_tmp, torchrun, target):
     ppo_multienv.load_agent(path, "cpu")
 
 
-def test_rank_that_never_arrives_is_told(in_tmp):
+def test_rank_that_never_arrives_is_told(in_tmp, start_script):
     lonely = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    command = [sys.executable, ROOT / "ppo_multienv.py", *SMALL, "--rank-timeout", "2"]
-    result = subprocess.run(
-        command, env={**os.environ, **lonely, "MASTER_PORT": str(free_port())},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 1 and last.startswith("error: another process of the run is gone")
+    command = ROOT / "ppo_multienv.py", *SMALL, "--rank-timeout", "2"
+    code, _, errors = start_script(*command, **lonely, MASTER_PORT=str(free_port())).communicate()
+    last = errors.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: another process of the run is gone")
 
 
-def test_not_a_number_on_one_rank_stops_all(in_tmp, torchrun):
+def test_not_a_number_on_one_rank_stops_all(in_tmp, run_ranks):
     Path("poison.py").write_text(
         "import os, torch, ppo_multienv\n"
         "collect = ppo_multienv.collect_rollout\n"
@@ -231,15 +244,15 @@ def test_not_a_number_on_one_rank_stops_all(in_tmp, torchrun):
         "ppo_multienv.collect_rollout = poisoned\n"
         "ppo_multienv.main()\n"
     )
-    code, _, errors = finish(torchrun(2, "poison.py", *SMALL))
-    assert code != 0
-    assert any("rewards" in line and "not finite" in line for line in errors.splitlines()), errors
+    codes, _, errors = run_ranks(2, "poison.py", *SMALL)
+    assert codes == (1, 1)
+    assert "error: not finite" in errors[0] and "error: not finite: rewards" in errors[1], errors
     assert not list(in_tmp.glob("runs/*/agent.pt"))
 
 
-def test_one_rank_equals_no_torchrun(in_tmp, torchrun):
-    code, _, errors = finish(torchrun(1, ROOT / "ppo_multienv.py", *SMALL, "--eval-episodes", "0"))
-    assert code == 0, errors
+def test_one_rank_equals_no_torchrun(in_tmp, run_ranks):
+    codes, _, errors = run_ranks(1, ROOT / "ppo_multienv.py", *SMALL, "--eval-episodes", "0")
+    assert codes == (0,), errors
     (path,) = in_tmp.glob("runs/*/agent.pt")
     saved = load(path)
     again = ppo_multienv.train(ppo_multienv.Args(**saved["args"] | {"exp_name": "again"}))
