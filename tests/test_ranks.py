@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, load
+from gymnasium.spaces import Box, Discrete
 
 import ppo_multienv
 
@@ -77,8 +78,14 @@ SPY = """
 import hashlib, json, os, torch
 import ppo_multienv
 
-hashes, seeds, step = [], [], torch.optim.Adam.step
-reset = ppo_multienv.WorkerVectorEnv.reset
+hashes, seeds, metrics, step = [], [], [], torch.optim.Adam.step
+reset, update = ppo_multienv.WorkerVectorEnv.reset, ppo_multienv.update
+
+def spying_update(agent, *args):
+    if not metrics:
+        torch.save(agent.state_dict(), f"start{os.environ['RANK']}.pt")
+    metrics.append(update(agent, *args))
+    return metrics[-1]
 
 def spying_step(optimizer, *args):
     result = step(optimizer, *args)
@@ -92,11 +99,12 @@ def spying_reset(envs, *, seed, options=None):
 
 torch.optim.Adam.step = spying_step
 ppo_multienv.WorkerVectorEnv.reset = spying_reset
+ppo_multienv.update = spying_update
 try:
     ppo_multienv.main()
 finally:
     with open(f"rank{os.environ['RANK']}.json", "w") as file:
-        json.dump({"hashes": hashes, "seeds": seeds[:4]}, file)
+        json.dump({"hashes": hashes, "seeds": seeds[:4], "metrics": metrics}, file)
 """
 
 
@@ -109,6 +117,14 @@ def test_weights_are_equal_on_all_ranks_after_every_step(in_tmp, run_ranks):
     first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["hashes"] == second["hashes"]
     assert 8 <= len(set(first["hashes"])) == len(first["hashes"]) < 8 * 8
+    for own, others in zip(first["metrics"], second["metrics"], strict=True):
+        assert own.pop("explained_variance") != others.pop("explained_variance")
+        assert own == others, "means over all ranks"
+    torch.manual_seed(1)
+    spaces = Box(-9, 9, (4,)), Discrete(2)
+    started = load("start0.pt")
+    for name, weight in ppo_multienv.Agent(*spaces, norm_obs=True).named_parameters():
+        torch.testing.assert_close(started[name], weight.detach(), msg=name)
     assert not set(first["seeds"]) & set(second["seeds"]), "ranks share no environments"
     assert "run folder" in outputs[0] and "trained agent" in outputs[0] and not outputs[1]
     (path,) = in_tmp.glob("runs/*/agent.pt")
