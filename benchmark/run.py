@@ -201,12 +201,14 @@ def sb3_records(name):
 
 def difference(ours, theirs):
     """Difference of the means, its 95% bootstrap interval over seeds, and what follows from it."""
+    if min(len(ours), len(theirs)) < 3:
+        return "", ""
     rng = np.random.default_rng(0)
     ours, theirs = (np.array([result["eval_mean"] for result in each]) for each in (ours, theirs))
     draws = [rng.choice(each, (10_000, len(each))).mean(1) for each in (ours, theirs)]
     low, high = np.percentile(draws[0] - draws[1], (2.5, 97.5))
     verdict = "ahead" if low > 0 else "behind" if high < 0 else "level"
-    return f"{ours.mean() - theirs.mean():+.1f} [{low:+.1f}, {high:+.1f}]", verdict
+    return f"{ours.mean() - theirs.mean():+,.1f} [{low:+,.1f}, {high:+,.1f}]", verdict
 
 
 def outcome(results):
@@ -224,8 +226,8 @@ def comparison():
         ours, theirs = records(name), sb3_records(name)
         if ours:
             steps = EngFormatter(places=0, sep="")(ours[0]["args"]["total_timesteps"])
-            compared = difference(ours, theirs) if min(len(ours), len(theirs)) > 2 else ("", "")
-            print(f"| {' | '.join([name, steps, outcome(ours), outcome(theirs), *compared])} |")
+            columns = [name, steps, outcome(ours), outcome(theirs), *difference(ours, theirs)]
+            print(f"| {' | '.join(columns)} |")
 
 
 def carracing():
@@ -250,12 +252,14 @@ def carracing():
 
 def mujoco():
     """Print ours on MuJoCo beside Stable-Baselines3's and what others have published."""
-    print("| task | ours | SB3, defaults | best published, v2 to v4, 1M | SLM-Lab, v5, 4M to 10M |")
-    print("|" + " --- |" * 5)
+    print("| task | ours | SB3, defaults | difference, 95% interval | | published, v2 to v4, 1M "
+          "| SLM-Lab, v5, 4M to 10M |")  # fmt: skip
+    print("|" + " --- |" * 7)
     for name in MUJOCO:
         if ours := records(name):
-            columns = [name, outcome(ours), outcome(sb3_records(name)), *PUBLISHED[name]]
-            print(f"| {' | '.join(columns)} |")
+            theirs = sb3_records(name)
+            columns = [name, outcome(ours), outcome(theirs), *difference(ours, theirs)]
+            print(f"| {' | '.join([*columns, *PUBLISHED[name]])} |")
 
 
 def table():
