@@ -416,8 +416,8 @@ class Agent(nn.Module):
         return self(obs)[1]
 
     def get_deterministic_action(self, obs):
-        """The mean action."""
-        return self.get_policy(obs).mean
+        """The most probable action."""
+        return self.get_policy(obs).mode
 
     def get_action_and_value(self, obs, action=None):
         """action (sampled if None), log-probability, entropy, V(s): the interface of CleanRL."""

@@ -265,8 +265,8 @@ def test_beta_equals_its_closed_form():
     torch.testing.assert_close(entropy.double(), terms.sum(-1), rtol=1e-4, atol=1e-4)
     assert action.shape == (64, 2) and ((action > 0) & (action < 1)).all()
     assert value.shape == logprob.shape == entropy.shape == (64,)
-    mean = agent.get_deterministic_action(obs).double()
-    torch.testing.assert_close(mean, a / (a + b), rtol=1e-5, atol=1e-5)
+    mode = agent.get_deterministic_action(obs).double()
+    torch.testing.assert_close(mode, (a - 1) / (a + b - 2), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(agent.get_value(obs), value)
 
 
