@@ -85,7 +85,7 @@ class Args:
     action_repeat: int = 4  # frames per action; all steps are counted in actions
     frame_stack: int = 4  # frames that the agent sees, one per action
     max_steps_without_progress: int = 75  # training truncates after so long without a new tile
-    reward_scale: float = 0.025  # factor of the rewards in training
+    reward_scale: float = 0.018  # factor of the rewards in training
     total_timesteps: int = 1_200_000  # total actions, rounded up to whole iterations
     num_envs: int = 8  # number of parallel environments (N), a process each
     num_steps: int = 512  # actions per environment and iteration (T)
@@ -93,7 +93,7 @@ class Args:
 
     learning_rate: float = 4e-4  # learning rate of Adam
     anneal_lr: bool = True  # linearly anneal the learning rate to 0
-    gamma: float = 0.99  # discount factor
+    gamma: float = 0.995  # discount factor
     gae_lambda: float = 0.95  # lambda of GAE: 0 is one-step TD, 1 is Monte Carlo
     num_minibatches: int = 16  # minibatches per epoch, of N * T / num_minibatches transitions
     update_epochs: int = 6  # epochs per iteration (K)

@@ -245,10 +245,12 @@ def comparison():
 
 def carracing():
     """Print what becomes of CarRacing's laps: only a complete one returns more than 900."""
-    print("| seed | mean of 100 episodes | complete laps: mean | incomplete | car lost (below 800) "
-          "| training's last 100 episodes pass 900 after |")  # fmt: skip
-    print("|" + " --- |" * 6)
-    for result in records("CarRacing-v3"):
+    results = records("CarRacing-v3")
+    if results:
+        print("| seed | mean of 100 episodes | complete laps: mean | incomplete "
+              "| car lost (below 800) | training's last 100 episodes pass 900 after |")  # fmt: skip
+        print("|" + " --- |" * 6)
+    for result in results:
         returns, curve = np.array(result["eval_returns"]), result["curve"]
         complete, lost = returns > 900, returns < 800
         passed = np.argmax(np.array(curve["episodic_return"]) >= 900)

@@ -290,6 +290,7 @@ def test_tables_are_those_of_the_records(capsys):
     run.mujoco()
     for line in capsys.readouterr().out.splitlines():
         assert line in README, "its tables are printed by `python benchmark/run.py`"
+    run.carracing()
     run.table()
     run.commands()
     for line in capsys.readouterr().out.splitlines():
