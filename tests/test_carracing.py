@@ -592,8 +592,8 @@ def test_run_from_beginning_to_end(tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "result.json").read_text())["eval_mean"] == result["eval_mean"]
     _, optimizer, rollout, advantages, returns, _ = updates[0]
     expected, _ = script.compute_gae(
-        0.025 * rollout.rewards, rollout.values, rollout.next_values, rollout.terminations,
-        rollout.truncations, 0.99, 0.95,
+        args.reward_scale * rollout.rewards, rollout.values, rollout.next_values,
+        rollout.terminations, rollout.truncations, args.gamma, args.gae_lambda,
     )  # fmt: skip
     torch.testing.assert_close(advantages, expected)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(args.learning_rate / 3)
