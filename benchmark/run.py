@@ -93,19 +93,20 @@ TASKS = (
     "Reacher-v5", "InvertedPendulum-v5", "InvertedDoublePendulum-v5",
 )  # fmt: skip
 MUJOCO = {task: (FIVE, f"ppo_continuous.py --env-id {task} {MUJOCO_FLAGS}") for task in TASKS}
-# Recipes of their own, for tasks on which the common one falls short: long rollouts.
-LONG_FLAGS = (
-    "--total-timesteps 1000000 --num-envs 4 --num-steps 1000 --num-minibatches 16 "
-    "--ent-coef 0 --no-bound-mean"
-)
+# Recipes of their own, for tasks on which the common one falls short: longer rollouts.
 OWN = {
+    "Hopper-v5-own": (
+        FIVE,
+        "ppo_continuous.py --env-id Hopper-v5 --total-timesteps 1000000 --num-envs 8 "
+        "--num-steps 256 --num-minibatches 32 --learning-rate 3e-4 --gae-lambda 0.95 --ent-coef 0",
+    ),
     "Swimmer-v5-own": (
         FIVE,
-        f"ppo_continuous.py --env-id Swimmer-v5 {LONG_FLAGS} --learning-rate 6e-4 --gamma 0.9999 "
-        "--gae-lambda 0.98",
+        "ppo_continuous.py --env-id Swimmer-v5 --total-timesteps 1000000 --num-envs 4 "
+        "--num-steps 1000 --num-minibatches 16 --ent-coef 0 --no-bound-mean --learning-rate 6e-4 "
+        "--gamma 0.9999 --gae-lambda 0.98",
     ),
 }
-CARRACING = {"CarRacing-v3": (THREE, "ppo_carracing_cnn.py")}
 ROWS = CLASSIC | BOX2D | CARRACING | MUJOCO | OWN
 
 # Best published PPO after 1M steps, of versions v2 to v4, and SLM-Lab's on v5 after 4M to 10M.
