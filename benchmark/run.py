@@ -107,6 +107,7 @@ OWN = {
         "--gamma 0.9999 --gae-lambda 0.98",
     ),
 }
+CARRACING = {"CarRacing-v3": (THREE, "ppo_carracing_cnn.py")}
 ROWS = CLASSIC | BOX2D | CARRACING | MUJOCO | OWN
 
 # Best published PPO after 1M steps, of versions v2 to v4, and SLM-Lab's on v5 after 4M to 10M.
