@@ -303,13 +303,16 @@ def commands():
 
 
 def draw_curves(path, rows):
-    """Draw training's return over steps, mean and range over the seeds, a small panel a row."""
+    """Draw training's return over steps, mean and range over (so many) seeds, a panel a row."""
     rows = {name: results for name in rows if (results := records(name))}
     lines = max(math.ceil(len(rows) / 3), 1)
     figure = Figure(figsize=(10, 2.6 * lines), layout="constrained")
     panels = figure.subplots(lines, 3, squeeze=False).flat
     for axis, (name, results) in zip(panels, rows.items(), strict=False):
-        for label, color, group in (("ours", "C0", results), ("SB3", "C1", sb3_records(name))):
+        groups = {"ours": results, "SB3": sb3_records(name)}
+        if f"{name}-own" in ROWS:
+            groups["own recipe"] = records(f"{name}-own")
+        for color, (label, group) in enumerate(groups.items()):
             curves = [result["curve"] for result in group if "curve" in result]
             if curves:
                 steps = np.linspace(
@@ -319,8 +322,8 @@ def draw_curves(path, rows):
                 )
                 returns = [np.interp(steps, c["step"], c["episodic_return"]) for c in curves]
                 least, mean, most = (f(returns, axis=0) for f in (np.min, np.mean, np.max))
-                axis.fill_between(steps, least, most, color=color, alpha=0.25, linewidth=0)
-                axis.plot(steps, mean, color=color, label=f"{label}, {len(curves)} seeds")
+                axis.fill_between(steps, least, most, color=f"C{color}", alpha=0.25, linewidth=0)
+                axis.plot(steps, mean, color=f"C{color}", label=f"{label} ({len(curves)})")
         if results[0]["threshold"] is not None:
             axis.axhline(results[0]["threshold"], color="gray", linestyle=":")
         axis.set_title(name, fontsize=10)
@@ -329,7 +332,7 @@ def draw_curves(path, rows):
         axis.grid(alpha=0.3)
     for axis in list(figure.axes)[len(rows) :]:
         axis.set_axis_off()
-    figure.supxlabel("environment steps", fontsize=10)
+    figure.supxlabel("environment steps (in the legends: number of seeds)", fontsize=10)
     figure.supylabel("return, mean of the last 100 episodes", fontsize=10)
     figure.savefig(path, dpi=100)
 
