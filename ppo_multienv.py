@@ -210,6 +210,7 @@ class WorkerVectorEnv(VectorEnv):
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
         self.workers, self.pipes = [], []
+        # Unlike atexit's, this is also called in a process that multiprocessing has started.
         self.at_exit = Finalize(None, self.close, exitpriority=1)
         for part in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
             pipe, theirs = multiprocessing.Pipe()
