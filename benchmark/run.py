@@ -154,6 +154,7 @@ def train_seed(name, seed, scratch, resume):
     if name in CARRACING:
         result |= evaluate_stock(run_dir, result["threshold"])
     result["curve"] = thin(result["curve"])
+    result["args"]["resume"] = None  # a path on one machine; `resumes` counts
     result |= {"commit": commit.strip(), "run_dir": run_dir.name}
     (folder / f"seed{seed}.json").write_text(json.dumps(result) + "\n")
     checkpoint = torch.load(run_dir / "agent.pt", weights_only=True)
