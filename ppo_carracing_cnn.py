@@ -60,6 +60,7 @@ import tyro
 from gymnasium.envs.box2d import car_racing
 from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.async_vector_env import _async_worker
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from pygame import gfxdraw
@@ -313,13 +314,17 @@ def make_vector_env(args: Args, training: bool = True, render_mode=None) -> Vect
     env_fns = [partial(make_env, args, training, render_mode)] * args.num_envs
     if render_mode:  # in this process
         return SyncVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:  # processes inherit the mask: Ctrl-C does not reach them
-        envs = ProcessVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    envs = ProcessVectorEnv(
+        env_fns, copy=False, worker=run_env, autoreset_mode=AutoresetMode.SAME_STEP
+    )
     envs.step_timeout = args.step_timeout
     return envs
+
+
+def run_env(*args):
+    """What a process of AsyncVectorEnv runs, but Ctrl-C does not end it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _async_worker(*args)
 
 
 class ProcessVectorEnv(AsyncVectorEnv):
@@ -356,7 +361,8 @@ class ProcessVectorEnv(AsyncVectorEnv):
 def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
     """Start episodes, with all random generators seeded by (seed, iteration).
 
-    Each environment of each run has a seed of its own; s + i would be shared by neighboring runs.
+    Each environment of each run has a seed of its own. (With seed + i for environment i, runs 1 and
+    2 would share most of theirs.)
     """
     rng = np.random.default_rng([args.seed, iteration])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -524,8 +530,9 @@ def collect_rollout(agent, envs, next_obs, args, device):
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
         obs[t] = torch.from_numpy(next_obs)
-        actions[t], logprobs[t], _, values[t] = agent.get_action_and_value(obs[t])
-        outcome = envs.step(actions[t].numpy(force=True))
+        action, logprobs[t], _, values[t] = agent.get_action_and_value(obs[t])
+        actions[t] = action
+        outcome = envs.step(action.numpy(force=True))
         next_obs, rewards[t], terminations[t], truncations[t], infos = outcome
         if truncations[t].any():
             final_obs.extend(infos["final_obs"][truncations[t]])
@@ -581,11 +588,11 @@ def train(args: Args) -> dict:
     """PPO, Algorithm 1; returns the content of result.json.
 
     FloatingPointError if a number is not finite; ChildProcessError if an environment's process
-    fails; SystemExit, with code 130 or 143, if SIGINT or SIGTERM ended the run. However it ends,
-    the state of its last whole iteration is saved.
+    fails; SystemExit, with code 130 or 143, if SIGINT or SIGTERM ended the run. Unless it is
+    killed, the state of its last whole iteration is saved.
     """
     torch.manual_seed(args.seed)
-    envs = make_vector_env(args)  # before CUDA starts, which processes can't inherit
+    envs = make_vector_env(args)  # before CUDA starts, which they would inherit
     device, num_threads = torch.device("cuda" if args.cuda else "cpu"), torch.get_num_threads()
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # detail 3
@@ -623,7 +630,7 @@ def train(args: Args) -> dict:
 
 @torch.no_grad()
 def act(agent, envs, obs, device):
-    """Deterministic actions of the agent, (num_envs,), or random ones if it is None."""
+    """Deterministic actions of the agent, (num_envs, ...), or random ones if it is None."""
     if agent is None:
         return envs.action_space.sample()
     obs = torch.as_tensor(obs, device=device)
@@ -674,13 +681,14 @@ def refuse(condition, reason):
 
 def check_args(args):
     """BadInput, which names the flag, if `args` cannot work. Resets and steps an environment."""
-    at_least = {"seed": 0, "eval_episodes": 0, "step_timeout": 0.1}
-    at_least["num_steps"] = 2 if args.num_envs == 1 else 1
+    at_least = {"seed": 0, "eval_episodes": 0, "max_grad_norm": 1e-8, "target_kl": 1e-8}
+    at_least |= {"num_steps": 2 if args.num_envs == 1 else 1, "step_timeout": 0.1}
     at_most = {"gamma": 1, "gae_lambda": 1, "step_timeout": 1e6}
-    at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
+    if not args.evaluate:
+        at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = at_least.get(name, 1 if type(value) is int else 0)
+            low = at_least.get(name, 1 if type(getattr(Args, name)) is int else 0)
             high, flag = at_most.get(name, sys.maxsize), f"--{name.replace('_', '-')}"
             refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
     refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU; see --no-cuda")

@@ -67,7 +67,7 @@ class Args:
 
     exp_name: str = "ppo_continuous"  # name of the experiment, part of the run folder's name
     seed: int = 1  # random seed
-    cuda: bool = False  # train on the GPU (a CPU is faster for networks this small)
+    cuda: bool = False  # train on the GPU (a CPU may be faster for networks this small)
     track: bool = False  # log to Weights & Biases (project: environment variable WANDB_PROJECT)
 
     env_id: str = "BipedalWalker-v3"  # Gymnasium environment; `module:Name-v0` imports the module
@@ -93,7 +93,7 @@ class Args:
     target_kl: float | None = None  # stop updates at 1.5 times this; PPO-Penalty: d_targ (0.01)
     kl_coef: float = 1.0  # PPO-Penalty: initial coefficient of the KL penalty (beta)
     norm_obs: bool = True  # normalize observations by running mean and variance
-    norm_reward: bool = True  # scale rewards by the deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the standard deviation of the discounted return
     log_std_init: float = 0.0  # initial log standard deviation; bounded actions are in [-1, 1]
     bound_mean: bool = True  # keep the mean within the bounds of the actions, by tanh
     hidden_size: int = 64  # units per hidden layer
@@ -167,7 +167,8 @@ def make_vector_env(args: Args, training: bool = True, render_mode=None) -> Vect
 def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
     """Start episodes, with all random generators seeded by (seed, iteration).
 
-    Each environment of each run has a seed of its own; s + i would be shared by neighboring runs.
+    Each environment of each run has a seed of its own. (With seed + i for environment i, runs 1 and
+    2 would share most of theirs.)
     """
     rng = np.random.default_rng([args.seed, iteration])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -217,7 +218,7 @@ class ObservationNormalizer(nn.Module):
 
 
 class RewardScaler(ObservationNormalizer):
-    """Divides rewards by the standard deviation of the discounted return (cont. 8, 9).
+    """Divides rewards by the standard deviation of the discounted return, and clips (cont. 8, 9).
 
     Its moments are those of R_t = r_t + gamma R_{t-1}, which starts anew in each episode. Rewards
     are not shifted, which would change what is optimal.
@@ -245,7 +246,7 @@ class Agent(nn.Module):
 
     Observations are (..., obs_dim), raw; actions (..., action_dim); log-probabilities, entropies,
     values (...). Actions are stored as sampled; only `make_env` clips them to [-1, 1]. Not in the
-    paper: `bound_mean`, if all actions are bounded, which keeps means from drifting out of reach.
+    paper: `bound_mean`, if the bounds of all actions are -1 and 1, keeps means within them.
     """
 
     def __init__(
@@ -404,10 +405,10 @@ def collect_rollout(agent, envs, next_obs, args, device):
     actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
-        check_finite(observation=next_obs)
         obs[t] = torch.from_numpy(next_obs)
-        actions[t] = agent.get_policy(obs[t]).sample()
-        outcome = envs.step(actions[t].numpy(force=True))
+        check_finite(observation=obs[t])
+        actions[t] = action = agent.get_policy(obs[t]).sample()
+        outcome = envs.step(action.numpy(force=True))
         next_obs, rewards[t], terminations[t], truncations[t], infos = outcome
         if truncations[t].any():
             final_obs.extend(infos["final_obs"][truncations[t]])
@@ -529,8 +530,9 @@ def train(args: Args) -> dict:
     return report(args, agent, run, progress, device)
 
 
+@torch.no_grad()
 def act(agent, envs, obs, device):
-    """Deterministic actions of the agent, (num_envs,), or random ones if it is None."""
+    """Deterministic actions of the agent, (num_envs, ...), or random ones if it is None."""
     if agent is None:
         return envs.action_space.sample()
     obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
@@ -580,13 +582,14 @@ def refuse(condition, reason):
 
 def check_args(args):
     """BadInput, which names the flag, if `args` cannot work. Resets and steps an environment."""
-    at_least = {"seed": 0, "eval_episodes": 0, "log_std_init": -20}
-    at_least["num_steps"] = 2 if args.num_envs == 1 else 1
+    at_least = {"seed": 0, "eval_episodes": 0, "max_grad_norm": 1e-8, "target_kl": 1e-8}
+    at_least |= {"num_steps": 2 if args.num_envs == 1 else 1, "log_std_init": -20}
     at_most = {"gamma": 1, "gae_lambda": 1, "log_std_init": 20}
-    at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
+    if not args.evaluate:
+        at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = at_least.get(name, 1 if type(value) is int else 0)
+            low = at_least.get(name, 1 if type(getattr(Args, name)) is int else 0)
             high, flag = at_most.get(name, sys.maxsize), f"--{name.replace('_', '-')}"
             refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
     refuse(args.cuda and not torch.cuda.is_available(), "--cuda needs a GPU; see --no-cuda")
@@ -834,7 +837,7 @@ def main() -> None:
             agent, saved = load_agent(path, "cpu")
             args = tyro.cli(Args, default=replace(saved, cuda=saved.cuda and not args.evaluate))
             fixed = "env_id", "env_kwargs", "norm_obs", "norm_reward", "hidden_size", "bound_mean"
-            for name in (*fixed, "surrogate"):
+            for name in (*fixed, "log_std_init", "surrogate"):
                 old, new = getattr(saved, name), getattr(args, name)
                 refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)

@@ -108,7 +108,7 @@ class Args:
     max_grad_norm: float = 0.5  # maximum norm of the gradient
     target_kl: float | None = None  # stop the update at a KL above 1.5 times this (None: never)
     norm_obs: bool = True  # normalize observations by running mean and variance
-    norm_reward: bool = True  # scale rewards by the deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the standard deviation of the discounted return
     log_std_init: float = 0.0  # initial log standard deviation; bounded actions are in [-1, 1]
     bound_mean: bool = True  # keep the mean within the bounds of the actions, by tanh
     hidden_size: int = 128  # units per hidden layer
@@ -191,8 +191,8 @@ class WorkerVectorEnv(VectorEnv):
 
     Each worker steps several environments and answers once per step; arrays are in shared memory,
     and overwritten by the next step. (AsyncVectorEnv has a process for each environment, which
-    costs more than it brings where these outnumber the cores.) ChildProcessError if a worker died,
-    raised an error, or took longer than `timeout` seconds.
+    costs more than it brings where there are more environments than cores.) ChildProcessError if a
+    worker died, raised an error, or took longer than `timeout` seconds; all are killed then.
     """
 
     def __init__(self, env_fns, num_workers, timeout):
@@ -241,13 +241,15 @@ class WorkerVectorEnv(VectorEnv):
                 pipe.send_bytes(message)
         try:
             for pipe in self.pipes:
-                # In two halves: time in which all was suspended (Ctrl-Z) uses up only one.
+                # Twice: time in which all is suspended (Ctrl-Z) uses up only one of the waits.
                 if not (pipe.poll(self.timeout / 2) or pipe.poll(self.timeout / 2)):
                     raise WorkerError(f"an environment gave no answer in {self.timeout:g} s")
                 if problem := pipe.recv_bytes().decode():
                     raise WorkerError(problem)
-        except (EOFError, ConnectionError):
-            raise WorkerError("the process of an environment died") from None
+        except (EOFError, ConnectionError, WorkerError) as error:
+            self.close()  # else a late answer would count as that to the next message
+            died = WorkerError("the process of an environment died")
+            raise (error if isinstance(error, WorkerError) else died) from None
 
     def close_extras(self, **kwargs):
         self.at_exit.cancel()
@@ -299,7 +301,8 @@ def await_message(pipe):
 def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
     """Start episodes, with all random generators seeded by (seed, iteration, rank).
 
-    Each environment of each run has a seed of its own; s + i would be shared by neighboring runs.
+    Each environment of each run has a seed of its own. (With seed + i for environment i, runs 1 and
+    2 would share most of theirs.)
     """
     rng = np.random.default_rng([args.seed, iteration, RANK])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -329,7 +332,11 @@ def all_sum(tensor):
 
 def all_mean(tensor):
     """Mean of the tensor over all ranks, in place."""
-    return all_sum(tensor).div_(WORLD_SIZE)
+    return all_sum(tensor).div_(world_size())
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_gather(tensor):
@@ -391,7 +398,7 @@ class ObservationNormalizer(nn.Module):
 
 
 class RewardScaler(ObservationNormalizer):
-    """Divides rewards by the standard deviation of the discounted return (cont. 8, 9).
+    """Divides rewards by the standard deviation of the discounted return, and clips (cont. 8, 9).
 
     Its moments are those of R_t = r_t + gamma R_{t-1}, which starts anew in each episode. Rewards
     are not shifted, which would change what is optimal.
@@ -419,8 +426,8 @@ class Agent(nn.Module):
 
     Observations are (..., obs_dim), raw; discrete actions (...), continuous ones (..., action_dim);
     log-probabilities, entropies, values (...). Continuous actions are stored as sampled; only
-    `make_env` clips them to [-1, 1]. Not in the paper: `bound_mean`, if all actions are bounded,
-    which keeps means from drifting out of reach.
+    `make_env` clips them to [-1, 1]. Not in the paper: `bound_mean`, if the bounds of all actions
+    are -1 and 1, keeps means within them.
     """
 
     def __init__(
@@ -565,11 +572,11 @@ def collect_rollout(agent, envs, next_obs, args, device):
     actions = torch.as_tensor(np.zeros((*shape, *space.shape), space.dtype), device=device)
     rewards, (terminations, truncations) = np.zeros(shape, np.float32), np.zeros((2, *shape), bool)
     for t in range(args.num_steps):
-        if not np.isfinite(next_obs).all():
-            raise NotFinite("an observation is not finite")
         obs[t] = torch.from_numpy(next_obs)
-        actions[t] = agent.get_policy(obs[t]).sample()
-        outcome = envs.step(actions[t].numpy(force=True))
+        if not obs[t].isfinite().all():
+            raise NotFinite("an observation is not finite")
+        actions[t] = action = agent.get_policy(obs[t]).sample()
+        outcome = envs.step(action.numpy(force=True))
         next_obs, rewards[t], terminations[t], truncations[t], infos = outcome
         if truncations[t].any():
             final_obs.extend(infos["final_obs"][truncations[t]])
@@ -640,7 +647,7 @@ def minibatches_and_moments(advantages, args):
         batches = order.tensor_split(args.num_minibatches)
         parts = [advantages[mb].double() for mb in batches]
         sums = [torch.stack([part.sum(), (part**2).sum()]) for part in parts]
-        counts = torch.tensor([len(part) * WORLD_SIZE for part in parts], device=order.device)
+        counts = torch.tensor([len(part) * world_size() for part in parts], device=order.device)
         sums, squares = all_sum(torch.stack(sums)).T
         variances = (squares - sums**2 / counts) / (counts - 1)
         means, stds = (sums / counts).float(), variances.clamp(min=0).sqrt().float()
@@ -656,14 +663,14 @@ def train(args: Args) -> dict | None:
     """
     torch.set_num_threads(1)  # faster than more for networks this small
     torch.manual_seed(args.seed)
-    envs = make_vector_env(args)  # before connections and CUDA, which workers must not inherit
+    envs = make_vector_env(args)  # before connections and CUDA start, which workers would inherit
     device = join_ranks(args)
     spaces = envs.single_observation_space, envs.single_action_space
     agent = Agent(*spaces, args.norm_obs, args.hidden_size, args.log_std_init, args.bound_mean)
     agent.to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)  # detail 3
     progress = start_progress(args, agent, optimizer)
-    for parameter in agent.parameters():  # other machines may have rounded others
+    for parameter in agent.parameters():  # machines may round differently: begin with the mean
         all_mean(parameter.data)
     next_obs = reset_envs(envs, args, progress.iteration)
     batch_size = args.num_envs * args.num_steps * WORLD_SIZE
@@ -714,8 +721,9 @@ def any_rank(stopped):
     return bool(counts.any())
 
 
+@torch.no_grad()
 def act(agent, envs, obs, device):
-    """Deterministic actions of the agent, (num_envs,), or random ones if it is None."""
+    """Deterministic actions of the agent, (num_envs, ...), or random ones if it is None."""
     if agent is None:
         return envs.action_space.sample()
     obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
@@ -773,13 +781,16 @@ def refuse(condition, reason):
 
 def check_args(args):
     """BadInput, which names the flag, if `args` cannot work. Resets and steps an environment."""
-    at_least = {"seed": 0, "eval_episodes": 0, "num_workers": 0, "step_timeout": 0.1}
+    at_least = {"seed": 0, "eval_episodes": 0, "max_grad_norm": 1e-8, "target_kl": 1e-8}
     at_least |= {"num_steps": 2 if args.num_envs == 1 else 1, "log_std_init": -20}
-    at_most = {"gamma": 1, "gae_lambda": 1, "log_std_init": 20, "step_timeout": 1e6}
-    at_most |= {"rank_timeout": 1e6, "num_minibatches": args.num_envs * args.num_steps // 2}
+    at_least |= {"num_workers": 0, "step_timeout": 0.1, "rank_timeout": 0.1}
+    at_most = {"gamma": 1, "gae_lambda": 1, "log_std_init": 20}
+    at_most |= {"step_timeout": 1e6, "rank_timeout": 1e6}
+    if not args.evaluate:
+        at_most["num_minibatches"] = args.num_envs * args.num_steps // 2
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = at_least.get(name, 1 if type(value) is int else 0)
+            low = at_least.get(name, 1 if type(getattr(Args, name)) is int else 0)
             high, flag = at_most.get(name, sys.maxsize), f"--{name.replace('_', '-')}"
             refuse(not low <= value <= high, f"{flag} must be from {low} to {high}, not {value}")
     refuse(args.cuda and LOCAL_SIZE > torch.cuda.device_count(), "--cuda needs a GPU per process")
@@ -1030,7 +1041,7 @@ def main() -> None:
             agent, saved = load_agent(path, "cpu")
             args = tyro.cli(Args, default=replace(saved, cuda=saved.cuda and not args.evaluate))
             fixed = "env_id", "env_kwargs", "norm_obs", "norm_reward", "hidden_size", "bound_mean"
-            for name in fixed:
+            for name in (*fixed, "log_std_init"):
                 old, new = getattr(saved, name), getattr(args, name)
                 refuse(old != new, f"--{name.replace('_', '-')} is {old} in {path}, not {new}")
         check_args(args)
@@ -1044,7 +1055,7 @@ def main() -> None:
             print("error:", *str(error).split(), *getattr(error, "__notes__", []), file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except Exception as error:
-        if not hasattr(error, "__notes__"):
+        if RANK == 0 and not hasattr(error, "__notes__"):
             error.add_note(f"({args.env_id}, before or after training)")
         raise
 

@@ -38,8 +38,9 @@ def assert_refused(result, in_tmp, *words):
         ("--clip-coef", "nan", "from 0"),
         ("--ent-coef", "nan", "from 0"),
         ("--vf-coef", "-1.0", "from 0"),
-        ("--max-grad-norm", "nan", "from 0"),
-        ("--target-kl", "-1.0", "from 0"),
+        ("--max-grad-norm", "nan", "from 1e-08"),
+        ("--max-grad-norm", "0", "from 1e-08"),
+        ("--target-kl", "-1.0", "from 1e-08"),
         ("--hidden-size", "0", "from 1"),
         ("--checkpoint-interval", "0", "from 1"),
         ("--eval-episodes", "-1", "from 0"),
@@ -47,7 +48,7 @@ def assert_refused(result, in_tmp, *words):
         ("--log-std-init", "200", "from -20 to 20"),
         ("--step-timeout", "0", "from 0.1"),
         ("--step-timeout", "10000000", "from 0.1 to 1000000"),
-        ("--rank-timeout", "10000000", "from 0 to 1000000"),
+        ("--rank-timeout", "10000000", "from 0.1 to 1000000"),
     ],
 )
 def test_numbers_out_of_range(script, main, in_tmp, flag, value, allowed):

@@ -157,10 +157,22 @@ def test_an_agent_of_a_gpu_is_evaluated_without_one(trained, main, in_tmp):
     assert code == 0 and output.splitlines()[-1:] == trained.output.splitlines()[-1:], errors
 
 
-@ONCE
-def test_command_takes_another_number_of_environments(trained, main, script):
-    code, output, _ = main("--evaluate", trained.path, "--num-envs", 2)
-    assert code == 0 and output.splitlines()[-1:] == trained.output.splitlines()[-1:]
+def test_command_takes_another_number_of_environments(trained, main, in_tmp):
+    """Even so few that training could not split a rollout of theirs; whole numbers are numbers."""
+    checkpoint = load(trained.path)
+    checkpoint["args"] |= {"num_minibatches": 32, "ent_coef": 0}
+    torch.save(checkpoint, in_tmp / "many.pt")
+    code, output, errors = main("--evaluate", in_tmp / "many.pt", "--num-envs", 1)
+    assert code == 0 and output.splitlines()[-1:] == trained.output.splitlines()[-1:], errors
+
+
+def test_acting_builds_no_graph(script, small):
+    agent, modes = make_agent(script, small), []
+    agent.get_deterministic_action = lambda obs: (
+        modes.append(torch.is_grad_enabled()) or script.Agent.get_deterministic_action(agent, obs)
+    )
+    script.evaluate(agent, small, 1, 1, CPU)
+    assert set(modes) == {False}
 
 
 @ONCE

@@ -164,6 +164,7 @@ torch.testing.assert_close(normalizer.mean, everything.mean(0), rtol=1e-12, atol
 torch.testing.assert_close(normalizer.var, everything.var(0, correction=0), rtol=1e-9, atol=0)
 assert normalizer.count == len(everything) == 96
 
+ppo_multienv.WORLD_SIZE = 1  # what it is if something else than torchrun starts the processes
 model = torch.nn.Linear(2, 2)
 for weight in model.parameters():
     weight.grad = torch.randn_like(weight)
@@ -179,6 +180,7 @@ for batch, mean, std in ppo_multienv.minibatches_and_moments(advantages, args):
     torch.testing.assert_close(mean, everything.mean())
     torch.testing.assert_close(std, everything.std())
 
+ppo_multienv.WORLD_SIZE = 2
 rewards = torch.randn(5, 3)
 gathered = ppo_multienv.all_gather(rewards)
 assert torch.equal(gathered, both(rewards.unsqueeze(0)).transpose(0, 1).flatten(1))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorWrapper
 
 CPU = torch.device("cpu")
 
@@ -99,6 +99,25 @@ def test_actions_are_sampled(script, small):
     agent, rollout, _ = collect(script, args)
     greedy = agent.get_deterministic_action(rollout.obs)
     assert 0.2 < (rollout.actions != greedy).float().mean() <= 1
+
+
+class ChangesItsActions(VectorWrapper):
+    """Environments that write to the array of actions that they are given."""
+
+    def step(self, actions):
+        self.actions = [*getattr(self, "actions", []), actions.copy()]
+        outcome = self.env.step(actions)
+        actions += 1
+        return outcome
+
+
+def test_stored_actions_are_the_sampled_ones_whatever_the_environment_does(script, small):
+    envs = ChangesItsActions(script.make_vector_env(small))
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space)
+    next_obs = script.reset_envs(envs, small, 0)
+    rollout, _ = script.collect_rollout(agent, envs, next_obs, small, CPU)
+    assert np.array_equal(rollout.actions.numpy(), np.stack(envs.actions))
+    envs.close()
 
 
 def test_rollouts_go_on_where_the_last_one_stopped(script, small, toy):

@@ -557,6 +557,7 @@ def test_crash_leaves_the_last_whole_iteration(script, three_iterations, monkeyp
     ("name", "what"),
     [
         ("NanObservation", "obs"),
+        ("HugeObservation", "obs"),
         ("NanReward", "rewards"),
         ("NanFinal", "next_values"),
     ],
@@ -676,8 +677,10 @@ def test_what_cannot_change_beside_resume_is_refused(script, half, main, record_
     for flags_beside in (
         ("--no-norm-obs",), ("--hidden-size", 32),
         ("--env-kwargs", "max_episode_steps=3"), ("--surrogate", "kl-penalty"),
+        ("--log-std-init", -1),
     ):  # fmt: skip
-        if flags_beside[0] == "--surrogate" and not hasattr(script.Args, "surrogate"):
+        setting = flags_beside[0].replace("--no-", "--")[2:].replace("-", "_")
+        if not hasattr(script.Args, setting):
             continue
         code, output, errors = main("--resume", half, "--total-timesteps", 512, *flags_beside)
         flag = flags_beside[0].replace("--no-", "--")

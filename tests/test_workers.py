@@ -115,8 +115,9 @@ def test_failures_are_told(open_workers, capfd, env_id, words):
             envs.step(np.zeros(5, int))
     if "RuntimeError" in words:
         assert "toy_envs.py" in capfd.readouterr().err, "its own traceback"
-    envs.close()
-    assert ended(envs.workers)
+    assert ended(envs.workers), "or a late answer would be taken for that to the next step"
+    with pytest.raises(ChildProcessError, match="died"):
+        envs.step(np.zeros(5, int))
 
 
 def test_signals_are_the_main_processs(open_workers):

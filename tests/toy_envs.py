@@ -79,6 +79,15 @@ class NanObservation(Toy):
         return np.array([self.label, np.nan if self.steps == 3 else 0], np.float32)
 
 
+class HugeObservation(Toy):
+    """Finite, but not as float32."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+    def observe(self):
+        return np.array([1e39, 1e39] if self.steps == 3 else [self.label, 0.0])
+
+
 class NanFinal(Toy):
     """The observation at the time limit is not a number."""
 
@@ -373,6 +382,7 @@ for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
     FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds, TwoChoices,
+    HugeObservation,
 ):  # fmt: skip
     limit = None if cls is WithoutLimit else 10
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
