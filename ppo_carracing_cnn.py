@@ -48,6 +48,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -314,24 +315,21 @@ def make_vector_env(args: Args, training: bool = True, render_mode=None) -> Vect
     env_fns = [partial(make_env, args, training, render_mode)] * args.num_envs
     if render_mode:  # in this process
         return SyncVectorEnv(env_fns, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-    envs = ProcessVectorEnv(
-        env_fns, copy=False, worker=run_env, autoreset_mode=AutoresetMode.SAME_STEP
-    )
-    envs.step_timeout = args.step_timeout
-    return envs
-
-
-def run_env(*args):
-    """What a process of AsyncVectorEnv runs, but Ctrl-C does not end it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _async_worker(*args)
+    mode = AutoresetMode.SAME_STEP
+    return ProcessVectorEnv(env_fns, args.step_timeout, copy=False, autoreset_mode=mode)
 
 
 class ProcessVectorEnv(AsyncVectorEnv):
-    """AsyncVectorEnv that waits at most `step_timeout` seconds.
+    """AsyncVectorEnv that waits at most `step_timeout` seconds, and leaves signals to the caller.
 
     ChildProcessError if a process died, raised an error or gave no answer; all are killed then.
     """
+
+    def __init__(self, env_fns, step_timeout, **kwargs):
+        super().__init__(env_fns, worker=run_env, **kwargs)
+        self.step_timeout = step_timeout
+        # At exit, multiprocessing would wait for processes that ignore SIGTERM.
+        self.at_exit = Finalize(self, kill, [self.processes], exitpriority=1)
 
     def reset(self, *, seed=None, options=None):
         return self.exchange(self.reset_async, self.reset_wait, seed, options)
@@ -353,9 +351,20 @@ class ProcessVectorEnv(AsyncVectorEnv):
         raise ChildProcessError(f"the process of an environment {problem}")
 
     def close_extras(self, **kwargs):
-        for process in self.processes:
-            process.kill()
-            process.join()
+        kill(self.processes)
+
+
+def run_env(*args):
+    """AsyncVectorEnv's worker, in a process that SIGINT and SIGTERM do not end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the main process decides when to stop
+    _async_worker(*args)
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def reset_envs(envs: VectorEnv, args: Args, iteration: int) -> np.ndarray:
