@@ -49,11 +49,13 @@ def tests(record, results, seconds, dry):
     """Run tests/test_cuda.py; where pytest is missing, its checks without it."""
     if find_spec("pytest"):
         command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-        command += ["tests/test_cuda.py", *(["-k", "ppo_discrete"] if dry else [])]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        with record(check="pytest -m cuda", outcome=run.stdout.strip().split("\n")[-1]):
+        command += ["tests/test_cuda.py", "-v", *(["-k", "ppo_discrete"] if dry else [])]
+        with open("pytest.txt", "w+") as log:  # which is told if the stage reaches its limit, too
+            run = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        output = Path("pytest.txt").read_text().strip()
+        with record(check="pytest -m cuda", outcome=output.split("\n")[-1]):
             if run.returncode:
-                raise RuntimeError(run.stdout + run.stderr)
+                raise RuntimeError(output)
         return
     sys.modules["pytest"] = MagicMock()  # the file only marks and parametrizes with it
     sys.path.insert(0, str(ROOT / "tests"))
@@ -274,7 +276,9 @@ def training(record, results, seconds, dry):
     script, args = carracing(dry, not dry, **split)
     steps = 3 * 32 if dry else int(0.9 * rate * budget)
     with record(**split, options=" + ".join(chosen) or "none", planned_steps=steps) as row:
-        # In case that it is slower than it was measured to be.
+        # In case that it is slower than it was measured to be. `train` stops at SIGTERM; what
+        # comes after it must not.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         timer = threading.Timer(budget, os.kill, [os.getpid(), signal.SIGTERM])
         timer.daemon = True
         timer.start()
@@ -357,7 +361,8 @@ def machine():
 def run_stage(name, seconds, path, dry):
     """Run a stage in a process and a folder of its own; its duration, and its error if any."""
     command = [sys.executable, __file__, "--stage", name, "--seconds", str(seconds)]
-    settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "SDL_VIDEODRIVER": "dummy"}
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", "SDL_VIDEODRIVER": "dummy"}
     settings |= {"OMP_NUM_THREADS": "1"} if dry else {}
     outcome, started = {}, time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, open(f"{scratch}/output.txt", "w+") as output:
@@ -366,13 +371,15 @@ def run_stage(name, seconds, path, dry):
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            if process.wait(seconds):
-                lines = Path(output.name).read_text().splitlines()
-                outcome["error"] = "\n".join([x for x in lines if "step/s" not in x][-15:])
+            problem = "failed" if process.wait(seconds) else None
         except subprocess.TimeoutExpired:
-            outcome["error"] = f"stopped at its limit of {seconds:.0f} s"
+            problem = f"stopped at its limit of {seconds:.0f} s"
         finally:
             end_group(process)
+        if problem:
+            texts = [path.read_text() for path in sorted(Path(scratch).glob("*.txt"))]
+            lines = [x for x in "\n".join(texts).splitlines() if "step/s" not in x]
+            outcome["error"] = "\n".join([problem, *lines[-15:]])
     return outcome | {"seconds": time.monotonic() - started}
 
 

@@ -8,7 +8,7 @@
 
 A run takes, on one core: classic control half a minute or less at 100k steps and one to two minutes
 at 1M, LunarLander two minutes, a MuJoCo task three to ten minutes, BipedalWalker a quarter of an
-hour, CarRacing an hour and a half. `python benchmark/sb3.py ROW` does the same for
+hour, CarRacing one and a half to three hours. `python benchmark/sb3.py ROW` does the same for
 Stable-Baselines3.
 
 `benchmark/<row>/seed<seed>.json` holds what a run's result.json does, with a thinned curve and the
@@ -125,8 +125,14 @@ def train(name, seeds, at_once, resume=None):
     """Run the row's command with these seeds; record results and the median's checkpoint."""
     folder = ROOT / "benchmark" / name
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(at_once) as pool:
+    scratch = tempfile.mkdtemp()
+    print(
+        f"run folders are in {scratch}/runs, and stay there if a run fails or is stopped",
+        flush=True,
+    )
+    with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(lambda seed: train_seed(name, seed, scratch, resume), seeds))
+    shutil.rmtree(scratch)
     means = {result["args"]["seed"]: result["eval_mean"] for result in records(name)}
     if len(means) == len(ROWS[name][0]):
         median = sorted(means, key=means.get)[len(means) // 2]
@@ -135,6 +141,8 @@ def train(name, seeds, at_once, resume=None):
                 shutil.copy(file, folder / NAMES[file.suffix])
             if file.suffix != ".pt" or name not in CARRACING:  # of which all seeds are kept
                 file.unlink()
+        if torch.load(folder / "agent.pt", weights_only=True)["args"]["seed"] != median:
+            print(f"agent.pt is not of the median seed, {median}: train that one again, too")
 
 
 def train_seed(name, seed, scratch, resume):

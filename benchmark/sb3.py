@@ -1,7 +1,7 @@
 """Train Stable-Baselines3's PPO by rl-baselines3-zoo's recipes; play its agents as ours are played.
 
     pip install stable-baselines3
-    python benchmark/sb3.py CartPole-v1                   # train seeds 1 to 5
+    python benchmark/sb3.py CartPole-v1                   # train seeds 1 to 5; MuJoCo: 1 to 3
     python benchmark/sb3.py BipedalWalker-v3 --seeds 2 3  # or these; the others' records stay
 
 The recipes are those of rl_zoo3 2.9.2 (hyperparams/ppo.yml), with all their steps; for MuJoCo its
@@ -21,7 +21,7 @@ from pathlib import Path
 import gymnasium as gym
 import stable_baselines3
 import torch
-from run import ROWS, thin
+from run import MUJOCO, ROWS, THREE, thin
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
@@ -163,7 +163,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for row in args.rows:
         path = ROOT / "benchmark" / row / "sb3.json"
-        for seed in args.seeds or ROWS[row][0]:
+        for seed in args.seeds or (THREE if row in MUJOCO else ROWS[row][0]):
             result = train(row, seed)
             print(
                 "{seed}: {eval_mean:.1f} ± {eval_std:.1f} after {global_step:,} steps, "
