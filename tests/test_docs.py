@@ -174,6 +174,19 @@ def test_multi_discrete(small, surrogate, in_tmp):
     assert script.evaluate(agent, args, 4, 1, torch.device("cpu")).mean() > 19
 
 
+def test_other_images(in_tmp):
+    """Learns an environment whose reward is 1 for naming the quarter of the image that is lit."""
+    script = changed("Other images", "ppo_carracing_cnn", in_tmp)
+    args = script.Args(
+        env_id="toy_envs:Lit-v0", num_envs=2, num_steps=64, num_minibatches=4, update_epochs=4,
+        total_timesteps=1024, learning_rate=1e-3, reward_scale=1.0, gamma=0.5, eval_episodes=4,
+    )  # fmt: skip
+    result = script.train(args)
+    agent, args = script.load_agent(in_tmp / result["run_dir"] / "agent.pt", "cpu")
+    script.check_args(args)
+    assert script.evaluate(agent, args, 4, 1, torch.device("cpu")).mean() > 9
+
+
 @DISCRETE
 def test_kl_penalty_against_a_reference(small, trained, in_tmp, monkeypatch):
     """The first update sees rewards without a penalty, for the agent starts from the reference."""

@@ -261,6 +261,24 @@ class Image(Toy):
         return np.full((4, 4, 3), self.steps, np.uint8)
 
 
+class Lit(Toy):
+    """One quarter of its image, of four, is lit; naming it pays 1."""
+
+    observation_space = spaces.Box(0, 255, (40, 48, 3), np.uint8)
+
+    def __init__(self, render_mode=None):
+        self.action_space, self.quarter = spaces.Discrete(4), 0
+
+    def observe(self):
+        self.answer, self.quarter = self.quarter, self.np_random.integers(4)
+        image = np.zeros((40, 48, 3), np.uint8)
+        image[:, 12 * self.quarter : 12 * self.quarter + 12] = 255
+        return image
+
+    def reward(self, action):
+        return float(action == self.answer)
+
+
 class SequenceObservation(Toy):
     """An observation without a fixed length."""
 
@@ -382,7 +400,7 @@ for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
     FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds, TwoChoices,
-    HugeObservation,
+    HugeObservation, Lit,
 ):  # fmt: skip
     limit = None if cls is WithoutLimit else 10
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
