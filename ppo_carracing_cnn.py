@@ -723,6 +723,7 @@ def try_env(args, render_mode=None):
         words = "unexpected keyword argument", "max_episode_steps"
         blamed = known or any(word in str(error) for word in words)
         refuse(blamed, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        error.add_note(f"({args.env_id}, before or after training)")
         raise
 
 
@@ -794,7 +795,8 @@ def catch_signals():
         stopped.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping after this iteration; again to stop at once", flush=True)
+        with suppress(OSError):
+            print("\nstopping after this iteration; again to stop at once", flush=True)
 
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -827,11 +829,12 @@ def open_run(args, progress, total_steps):
     finally:
         if error := sys.exception():
             error.add_note(f"({args.env_id}, after step {progress.global_step})")
-        run.bar.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
-            if progress.global_step < total_steps:
-                print(f"continue with --resume {folder / 'agent.pt'}")
+        with suppress(OSError):  # Ctrl-C also ends the `tee` that output may go to
+            run.bar.close()
+            if run.checkpoint is not None and progress.global_step < total_steps:
+                print(f"continue with --resume {folder / 'agent.pt'}", flush=True)
         run.writer.close()
 
 
@@ -857,7 +860,8 @@ def log_iteration(run, progress, rollout, metrics, optimizer):
     point = {"step": progress.global_step, "seconds": progress.learning_seconds, **metrics}
     for name, value in (point | {"episodic_return": mean}).items():
         progress.curve.setdefault(name, []).append(value)
-    run.bar.update(dones.numel())
+    with suppress(OSError):
+        run.bar.update(dones.numel())
 
 
 def report(args, agent, run, progress, device):

@@ -371,7 +371,9 @@ def update(agent, optimizer, rollout, advantages, returns, args, kl_coef=1.0):
     """
     obs, actions, logprobs, values = (tensor.flatten(0, 1) for tensor in rollout[:4])
     advantages, returns = advantages.flatten(), returns.flatten()
-    old_agent, history = copy.deepcopy(agent).requires_grad_(False), []  # pi_old
+    history = []
+    if args.surrogate == "kl-penalty":
+        old_agent = copy.deepcopy(agent).requires_grad_(False)  # pi_old
     for mb in minibatches(len(obs), args, obs.device):
         policy, new_values = agent(obs[mb])
         new_logprobs, mb_advantages = policy.log_prob(actions[mb]), advantages[mb]
@@ -540,7 +542,8 @@ def check_args(args):
     refuse(not known, f"{flag} must return from {expected}, the reward a number")
     refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
     refuse(not isinstance(env.action_space, Discrete), f"{flag}: {env.action_space}, not Discrete")
-    shapes = {env.reset()[0].shape, env.step(env.action_space.sample())[0].shape}
+    obs, _ = env.reset(seed=2**32 - 1)  # the largest seed of `evaluate`
+    shapes = {obs.shape, env.step(env.action_space.sample())[0].shape}
     refuse(shapes != {env.observation_space.shape}, f"{flag}: observations {shapes} not in {space}")
     if env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
@@ -558,6 +561,7 @@ def try_env(args, render_mode=None):
         words = "unexpected keyword argument", "max_episode_steps"
         blamed = known or any(word in str(error) for word in words)
         refuse(blamed, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        error.add_note(f"({args.env_id}, before or after training)")
         raise
 
 
@@ -629,7 +633,8 @@ def catch_signals():
         stopped.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping after this iteration; again to stop at once", flush=True)
+        with suppress(OSError):
+            print("\nstopping after this iteration; again to stop at once", flush=True)
 
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -662,11 +667,12 @@ def open_run(args, progress, total_steps):
     finally:
         if error := sys.exception():
             error.add_note(f"({args.env_id}, after step {progress.global_step})")
-        run.bar.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
-            if progress.global_step < total_steps:
-                print(f"continue with --resume {folder / 'agent.pt'}")
+        with suppress(OSError):  # Ctrl-C also ends the `tee` that output may go to
+            run.bar.close()
+            if run.checkpoint is not None and progress.global_step < total_steps:
+                print(f"continue with --resume {folder / 'agent.pt'}", flush=True)
         run.writer.close()
 
 
@@ -692,7 +698,8 @@ def log_iteration(run, progress, rollout, metrics, optimizer):
     point = {"step": progress.global_step, "seconds": progress.learning_seconds, **metrics}
     for name, value in (point | {"episodic_return": mean}).items():
         progress.curve.setdefault(name, []).append(value)
-    run.bar.update(dones.numel())
+    with suppress(OSError):
+        run.bar.update(dones.numel())
 
 
 def report(args, agent, run, progress, device):

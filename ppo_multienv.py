@@ -209,9 +209,11 @@ class WorkerVectorEnv(VectorEnv):
         space["reset_seed"] = Box(0, 2**63 - 1, (), np.int64)
         self.memory = create_shared_memory(space, self.num_envs)
         self.arrays = read_from_shared_memory(space, self.memory, self.num_envs)
+        if not isinstance(self.arrays["obs"], np.ndarray):
+            raise ValueError(f"observations must be arrays, not {obs}")
         self.workers, self.pipes = [], []
-        # Unlike atexit's, this is also called in a process that multiprocessing has started.
-        self.at_exit = Finalize(None, self.close, exitpriority=1)
+        # At exit, multiprocessing would wait for processes that ignore SIGTERM.
+        self.at_exit = Finalize(self, kill, [self.workers], exitpriority=1)
         for part in np.array_split(range(self.num_envs), min(num_workers, self.num_envs)):
             pipe, theirs = multiprocessing.Pipe()
             self.pipes.append(pipe)
@@ -236,26 +238,24 @@ class WorkerVectorEnv(VectorEnv):
 
     def exchange(self, message):
         """Send a message to all workers, and wait until they have done what it says."""
-        for pipe in self.pipes:
-            with suppress(ConnectionError):  # the worker has ended: see below
-                pipe.send_bytes(message)
         try:
+            for pipe in self.pipes:
+                with suppress(ConnectionError):  # the worker has ended: see below
+                    pipe.send_bytes(message)
             for pipe in self.pipes:
                 # Twice: time in which all is suspended (Ctrl-Z) uses up only one of the waits.
                 if not (pipe.poll(self.timeout / 2) or pipe.poll(self.timeout / 2)):
                     raise WorkerError(f"an environment gave no answer in {self.timeout:g} s")
                 if problem := pipe.recv_bytes().decode():
                     raise WorkerError(problem)
-        except (EOFError, ConnectionError, WorkerError) as error:
+        except BaseException as error:
             self.close()  # else a late answer would count as that to the next message
-            died = WorkerError("the process of an environment died")
-            raise (error if isinstance(error, WorkerError) else died) from None
+            if isinstance(error, EOFError | ConnectionError):
+                raise WorkerError("the process of an environment died") from None
+            raise
 
     def close_extras(self, **kwargs):
-        self.at_exit.cancel()
-        for worker in self.workers:
-            worker.kill()
-            worker.join()
+        kill(self.workers)
 
 
 def run_worker(pipe, others, env_fns, space, memory, part):
@@ -273,7 +273,7 @@ def run_worker(pipe, others, env_fns, space, memory, part):
                     np.random.seed(arrays["reset_seed"][i] % 2**32)
                     obs, _ = env.reset(seed=int(arrays["reset_seed"][i]))
                 else:
-                    obs, arrays["reward"][i], *ended, _ = env.step(arrays["action"][i])
+                    obs, arrays["reward"][i], *ended, _ = env.step(arrays["action"][i].copy())
                     arrays["ended"][i, 0], arrays["ended"][i, 1] = ended
                     if any(ended):
                         arrays["final_obs"][i] = obs
@@ -283,6 +283,12 @@ def run_worker(pipe, others, env_fns, space, memory, part):
     except Exception as error:
         traceback.print_exc()
         pipe.send_bytes(f"an environment raised {error!r}".encode())
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def await_message(pipe):
@@ -810,7 +816,8 @@ def check_args(args):
     refuse(not isinstance(env.observation_space, Box), f"{flag}: {space} cannot be flattened")
     usable = isinstance(env.action_space, Discrete) or is_real_vector(env.action_space)
     refuse(not usable, f"{flag}: {env.action_space} is not Discrete or a Box of real vectors")
-    shapes = {env.reset()[0].shape, env.step(env.action_space.sample())[0].shape}
+    obs, _ = env.reset(seed=2**32 - 1)  # the largest seed of `evaluate`
+    shapes = {obs.shape, env.step(env.action_space.sample())[0].shape}
     refuse(shapes != {env.observation_space.shape}, f"{flag}: observations {shapes} not in {space}")
     if RANK == 0 and env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: evaluation episodes end after 10,000 steps")
@@ -828,6 +835,7 @@ def try_env(args, render_mode=None):
         words = "unexpected keyword argument", "max_episode_steps"
         blamed = known or any(word in str(error) for word in words)
         refuse(blamed, f"--env-id {args.env_id} or --env-kwargs: {error}")
+        error.add_note(f"({args.env_id}, before or after training)")
         raise
 
 
@@ -901,7 +909,8 @@ def catch_signals():
         if "RANK" not in os.environ:  # torchrun itself sends each signal twice
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping after this iteration", flush=True)
+        with suppress(OSError):
+            print("\nstopping after this iteration", flush=True)
 
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -934,11 +943,12 @@ def open_run(args, progress, total_steps):
     finally:
         if error := sys.exception():
             error.add_note(f"({args.env_id}, after step {progress.global_step})")
-        run.bar.close()
         if run.checkpoint is not None:
             save_checkpoint(run)
-            if progress.global_step < total_steps:
-                print(f"continue with --resume {folder / 'agent.pt'}")
+        with suppress(OSError):  # Ctrl-C also ends the `tee` that output may go to
+            run.bar.close()
+            if run.checkpoint is not None and progress.global_step < total_steps:
+                print(f"continue with --resume {folder / 'agent.pt'}", flush=True)
         run.writer.close()
 
 
@@ -964,7 +974,8 @@ def log_iteration(run, progress, rollout, metrics, optimizer):
     point = {"step": progress.global_step, "seconds": progress.learning_seconds, **metrics}
     for name, value in (point | {"episodic_return": mean}).items():
         progress.curve.setdefault(name, []).append(value)
-    run.bar.update(dones.numel())
+    with suppress(OSError):
+        run.bar.update(dones.numel())
 
 
 def report(args, agent, run, progress, device):

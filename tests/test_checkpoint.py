@@ -4,12 +4,14 @@ import dataclasses
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ONCE, assert_same_weights, load
+from conftest import ONCE, ROOT, assert_same_weights, load
 
 CPU = torch.device("cpu")
 
@@ -238,6 +240,21 @@ def test_signals(in_tmp, start, flags, number, code):
     assert "stopping after this iteration" in output and "--resume" in output
     (path,) = in_tmp.glob("runs/*/agent.pt")
     assert load(path)["progress"]["global_step"] > 0
+
+
+@ONCE
+def test_ctrl_c_that_also_ends_the_tee_of_its_output(script, in_tmp, flags):
+    """`2>&1 | tee log`: the output goes nowhere, and the checkpoint is saved all the same."""
+    command = [sys.executable, ROOT / f"{script.__name__}.py"]
+    command += flags(total_timesteps=10**8, checkpoint_interval=10**6)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while b"128/" not in process.stdout.read1():
+        assert process.poll() is None
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    (path,) = in_tmp.glob("runs/*/agent.pt")
+    assert load(path)["progress"]["global_step"] >= 128
 
 
 @ONCE

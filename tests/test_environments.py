@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ONCE, only, playing
+from conftest import ONCE, load, only, playing
 from gymnasium import spaces
 
 TAXI = "Taxi-v4" if "Taxi-v4" in gym.registry else "Taxi-v3"  # by Gymnasium's version
@@ -172,6 +172,22 @@ def test_errors_in_training_that_look_like_bad_input(main, flags, toy, name, err
         main(*flags(**toy(name)))
     report = report_of(caught.value)
     assert "toy_envs.py" in report and name in report.splitlines()[-1]
+
+
+def test_error_of_a_checkpoints_environment_names_it(script, main, trained, toy, in_tmp):
+    """Not the default one, which is not played."""
+    checkpoint = load(trained.path)
+    checkpoint["args"] |= toy("RaisesInInit")
+    torch.save(checkpoint, in_tmp / "agent.pt")
+    with pytest.raises(RuntimeError) as caught:
+        main("--evaluate", in_tmp / "agent.pt")
+    assert "RaisesInInit" in report_of(caught.value).splitlines()[-1]
+
+
+def test_seeds_of_the_evaluation_are_tried_before_training(main, flags, toy, in_tmp):
+    with pytest.raises(OverflowError):
+        main(*flags(**toy("Int32Seeds")))
+    assert list(in_tmp.iterdir()) == []
 
 
 def test_dropped_infos_do_not_cost_the_final_observation(script, small, toy):

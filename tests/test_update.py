@@ -43,6 +43,17 @@ def written_out(agent, optimizer, rollout, advantages, returns, args, kl_coef):
     return norm.item()
 
 
+def test_agents_that_keep_a_result_can_be_updated(script, small):
+    """As recurrent ones keep a state: a copy of the agent, which PPO-Clip does not need, fails."""
+    agent, rollout, _ = collect(script, small)
+    agent.state = agent.get_value(rollout.obs)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(agent)
+    advantages, returns = torch.randn(2, *rollout.rewards.shape)
+    optimizer = torch.optim.Adam(agent.parameters())
+    assert "policy_loss" in script.update(agent, optimizer, rollout, advantages, returns, small)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

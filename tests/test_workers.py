@@ -1,6 +1,7 @@
 """Environments in the worker processes of ppo_multienv.py, and every way to fail."""
 
 import dataclasses
+import gc
 import os
 import signal
 from functools import partial
@@ -31,7 +32,8 @@ def open_workers(script):
 
 
 @pytest.mark.parametrize(
-    ("env_id", "num_workers"), [("CartPole-v1", 1), ("Staggered-v0", 2), ("Pendulum-v1", 9)]
+    ("env_id", "num_workers"),
+    [("CartPole-v1", 1), ("Staggered-v0", 2), ("Pendulum-v1", 9), ("RewardsChange-v0", 2)],
 )
 def test_equal_to_the_in_process_environments(open_workers, env_id, num_workers):
     """Observations, rewards, flags, final observations, spaces; five environments, unevenly."""
@@ -118,6 +120,35 @@ def test_failures_are_told(open_workers, capfd, env_id, words):
     assert ended(envs.workers), "or a late answer would be taken for that to the next step"
     with pytest.raises(ChildProcessError, match="died"):
         envs.step(np.zeros(5, int))
+
+
+def test_an_interrupted_step_is_not_taken_for_the_next(open_workers):
+    """As by a notebook's stop button: what was under way is given up, and that is told."""
+    envs = open_workers("Hangs-v0")
+    envs.reset(seed=list(range(5)))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # KeyboardInterrupt
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(3):
+            envs.step(np.zeros(5, int))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert ended(envs.workers)
+    with pytest.raises(ChildProcessError, match="died"):
+        envs.reset(seed=list(range(5)))
+
+
+def test_workers_end_with_their_environments(script):
+    """Even if these are not closed."""
+    envs = script.WorkerVectorEnv([partial(gym.make, "CartPole-v1")] * 3, 2, 60.0)
+    workers = envs.workers
+    del envs
+    gc.collect()
+    assert ended(workers)
+
+
+def test_observations_must_be_arrays(open_workers):
+    with pytest.raises(ValueError, match="arrays"):
+        open_workers("DictObservation-v0")
 
 
 def test_signals_are_the_main_processs(open_workers):

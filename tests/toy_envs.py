@@ -279,6 +279,27 @@ class Lit(Toy):
         return float(action == self.answer)
 
 
+class RewardsChange(Toy):
+    """Keeps the action that it was given, as it is, and pays for another one in the next step."""
+
+    last = None
+
+    def __init__(self):
+        self.action_space = spaces.Box(-1, 1, (2,))
+
+    def reward(self, action):
+        reward = 0.0 if self.last is None else float(abs(action - self.last).sum())
+        self.last = action
+        return reward
+
+
+class Int32Seeds(Toy):
+    """Takes no seed above 2**31 - 1."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed if seed is None else int(np.int32(seed)))
+
+
 class SequenceObservation(Toy):
     """An observation without a fixed length."""
 
@@ -400,12 +421,13 @@ for cls in (
     Toy, Endless, Terminating, NanObservation, NanFinal, NanReward, Guess, DictObservation,
     CountsFromFive, Broken, RaisesInStep, LosesItsServer, Dies, Hangs, GloballyRandom, Bounds,
     FarTarget, Wears, OldStep, WideBounds, IntegerActions, MatrixActions, ManyBounds, TwoChoices,
-    HugeObservation, Lit,
+    HugeObservation, Lit, Int32Seeds,
 ):  # fmt: skip
     limit = None if cls is WithoutLimit else 10
     gym.register(f"{cls.__name__}-v0", entry_point=cls, max_episode_steps=limit)
     box = with_box_actions(cls)
     gym.register(f"{cls.__name__}Box-v0", entry_point=box, max_episode_steps=limit)
+gym.register("RewardsChange-v0", entry_point=RewardsChange, max_episode_steps=10)
 gym.register(
     "ShortCartPole-v0",
     entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv",
