@@ -248,8 +248,8 @@ def test_ctrl_c_that_also_ends_the_tee_of_its_output(script, in_tmp, flags):
     command = [sys.executable, ROOT / f"{script.__name__}.py"]
     command += flags(total_timesteps=10**8, checkpoint_interval=10**6)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while b"128/" not in process.stdout.read1():
-        assert process.poll() is None
+    wait_for(process, in_tmp, "runs/*/events*")
+    time.sleep(1)
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
