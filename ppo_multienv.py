@@ -932,7 +932,6 @@ def open_run(args, progress, total_steps):
     run = SimpleNamespace(folder=folder, started=time.perf_counter())
     run.checkpoint = torch.load(args.resume, "cpu", weights_only=True) if args.resume else None
     run.running = defaultdict(lambda: [0.0, 0])  # environment -> return, length of its episode
-    tqdm.monitor_interval = 0  # its thread could wait for ever for a bar that could not be drawn
     run.bar = tqdm(total=total_steps, initial=progress.global_step, unit="step")
     run.writer = SummaryWriter(folder)  # makes the folder
     run.writer.add_text("hyperparameters", f"    {args}")
